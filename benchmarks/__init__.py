@@ -1,0 +1,1 @@
+"""Stage latency, memory, parity and peers."""

@@ -1,0 +1,1 @@
+"""What an engine is: contract, tensor specs, bundle and backends."""

@@ -1,0 +1,163 @@
+"""ONNX Runtime as a backend: CPU, or CUDA through its provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
+from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
+from t2v_rt.errors import BackendError, EngineError
+
+ERRORS_ONLY = 3  # ONNX Runtime's log level
+PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # on a small card the arena must not double on growth, nor cuDNN try out workspaces of any size
+    "cuda": (
+        "CUDAExecutionProvider",
+        {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+    ),
+}
+
+
+class OrtState(EngineState):
+    """Two sets of device buffers: one is read while the other is written, then they change places."""
+
+    def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], sizes: Mapping[str, int]) -> None:
+        self.sizes = sizes
+        self.current, self.spare = (
+            {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name, (shape, dtype) in tensors.items()}
+            for _ in range(2)
+        )
+
+    def to(self, device: str) -> OrtState:
+        """Moves the buffers to a device; on the CPU they are there already."""
+        if device != "cpu":
+            for buffers in (self.current, self.spare):
+                for name, value in buffers.items():
+                    buffers[name] = ort.OrtValue.ortvalue_from_numpy(value.numpy(), device, 0)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.tensor_size_in_bytes() for side in (self.current, self.spare) for value in side.values())
+
+    def to_host(self) -> dict[str, NDArray[Any]]:
+        return {name: value.numpy().copy() for name, value in self.current.items()}
+
+
+class OrtEngine(Engine):
+    """One ONNX graph in an inference session."""
+
+    def __init__(self, name: str, spec: GraphSpec, session: ort.InferenceSession) -> None:
+        super().__init__(name, spec)
+        self._session: ort.InferenceSession | None = session
+
+    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+        if self._session is None:
+            raise EngineError(f"{self.name}: the engine is closed; open the component again")
+        try:
+            if not isinstance(state, OrtState):
+                values = self._session.run([spec.name for spec in self.outputs], dict(feeds))
+                return dict(zip([spec.name for spec in self.outputs], values, strict=True))
+            return self._run_bound(self._session, feeds, state)
+        except EngineError:
+            raise
+        except Exception as exc:  # ONNX Runtime's own exceptions have no common base below Exception
+            raise EngineError(f"{self.name}: ONNX Runtime failed: {str(exc).splitlines()[0][:300]}") from exc
+
+    def _run_bound(self, session: ort.InferenceSession, feeds: Feeds, state: OrtState) -> dict[str, NDArray[Any]]:
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for spec in self.outputs:
+            binding.bind_output(spec.name, "cpu")
+        written = []
+        for item in self.states:
+            if item.input is not None:
+                binding.bind_ortvalue_input(item.input, state.current[item.tensor.name])
+            if item.output is not None:
+                binding.bind_ortvalue_output(item.output, state.spare[item.tensor.name])
+                written.append(item.tensor.name)
+        session.run_with_iobinding(binding)
+        results = binding.copy_outputs_to_cpu()[: len(self.outputs)]
+        for name in written:
+            state.current[name], state.spare[name] = state.spare[name], state.current[name]
+        return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OrtComponent(Component):
+    """A component whose engines are ONNX Runtime sessions."""
+
+    device = "cpu"
+
+    def new_state(self, *, height: int, width: int) -> OrtState:
+        sizes = {"height": height, "width": width}
+        tensors = {spec.name: (spec.resolve(sizes), spec.numpy_dtype) for spec in self.states}
+        return OrtState(tensors, sizes).to(self.device)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Loads components into ONNX Runtime.
+
+    Args:
+        provider: `cpu` or `cuda`.
+        threads: of one engine; None for as many as there are cores.
+
+    Raises:
+        BackendError: unknown provider, or one that this installation of ONNX Runtime lacks.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise BackendError(f"unknown provider {self.provider!r}; expected one of {', '.join(PROVIDERS)}")
+        if self.threads is not None and self.threads < 1:
+            raise BackendError(f"threads is {self.threads}; expected 1 or more")
+        if PROVIDERS[self.provider][0] not in ort.get_available_providers():
+            raise BackendError(
+                f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
+            )
+
+    def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
+        """Loads the engines of a component.
+
+        Args:
+            folder: of the bundle.
+            name: of the component.
+            spec: from the manifest.
+
+        Raises:
+            EngineError: ONNX Runtime cannot load a graph.
+        """
+        engines: dict[str, Engine] = {}
+        for role, graph in spec.graphs.items():
+            label = name if role == "model" else f"{name}.{role}"
+            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label))
+        component = OrtComponent(name, spec, engines)
+        component.device = self.provider
+        return component
+
+    def _session(self, path: Path, label: str) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.intra_op_num_threads = self.threads or 0
+        options.inter_op_num_threads = 1
+        options.use_deterministic_compute = True
+        name, settings = PROVIDERS[self.provider]
+        try:
+            return ort.InferenceSession(str(path), options, providers=[(name, settings)])
+        except Exception as exc:  # as above
+            raise EngineError(f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}") from exc

@@ -1,0 +1,158 @@
+"""Bundles on disk: written whole or not at all, and checked before anything in them is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.manifest import MANIFEST_NAME, FileEntry, Manifest
+from t2v_rt.errors import BundleError
+
+logger = logging.getLogger(__name__)
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Opens a bundle and checks every file against the manifest.
+
+    Hashing is done once per file: a stamp in the user's cache (path, size, times) makes later openings quick.
+
+    Args:
+        folder: the directory that build-engines wrote.
+
+    Returns:
+        The opened bundle.
+
+    Raises:
+        BundleError: no bundle there, a damaged, edited or newer manifest, a path that leaves the bundle, or a file that
+            is missing or not the one that was built.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    stamps = Stamps(folder)
+    for path, entry in manifest.files.items():
+        file = folder / path
+        if not file.is_file():
+            raise BundleError(f"{folder}: {path} is missing; build the bundle again")
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{folder}: {path} is a link that leaves the bundle; do not use a bundle like this")
+        if file.stat().st_size != entry.bytes or stamps.sha256(path) != entry.sha256:
+            raise BundleError(f"{folder}: {path} is not the file that was built (its hash differs); build it again")
+    stamps.save()
+    return Bundle(folder, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `bundle.json` alone; raises BundleError where it is missing, damaged, edited or newer."""
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{folder}: no {MANIFEST_NAME} there; expected a bundle written by build-engines") from None
+    except (OSError, ValueError) as exc:
+        raise BundleError(f"{path} cannot be read ({exc}); build the bundle again") from exc
+    return Manifest.from_json(content)
+
+
+@contextmanager
+def new_bundle(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
+
+    Args:
+        target: where the bundle is to be; an older bundle there stays untouched until the new one is complete.
+
+    Raises:
+        RequestError: the parent folder is missing or not writable.
+        BundleError: something other than a bundle is there already.
+    """
+    platform.check_writable_parent(target)
+    if target.exists() and not (target / MANIFEST_NAME).is_file() and (target.is_file() or any(target.iterdir())):
+        raise BundleError(f"{target} exists and is not a bundle; give another output folder, or remove it")
+    temporary = platform.temporary_sibling(target)
+    try:
+        temporary.mkdir()
+        yield temporary
+        platform.replace_directory(temporary, target)
+    except BaseException:
+        platform.remove_tree(temporary)
+        raise
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hashes every file of the folder into the manifest and writes it; returns the manifest as written."""
+    files: dict[str, FileEntry] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[file.relative_to(folder).as_posix()] = FileEntry(hash_file(file), file.stat().st_size)
+    complete = replace(manifest, files=files)
+    text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8", newline="\n")
+    return complete
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, as hexadecimal text; `progress` is called with the bytes of each chunk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+class Stamps:
+    """Hashes of a folder's files, remembered in the user's cache for as long as size and times stay the same.
+
+    Args:
+        folder: whose files are hashed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+        self._file = platform.cache_dir() / "hashes" / f"{name}.json"
+        self._known: Mapping[str, object] = self._load()
+        self._new: dict[str, list[object]] = {}
+
+    def _load(self) -> Mapping[str, object]:
+        try:
+            content = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # no stamp yet, or an unreadable one: everything is hashed
+        return content if isinstance(content, dict) else {}
+
+    def sha256(self, path: str) -> str:
+        """The sha256 of a file of the folder, from the stamp where size and times still agree."""
+        file = self._folder / path
+        status = file.stat()
+        times = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        known = self._known.get(path)
+        digest = known[3] if isinstance(known, list) and len(known) == 4 and known[:3] == times else hash_file(file)
+        self._new[path] = [*times, digest]
+        return str(digest)
+
+    def save(self) -> None:
+        """Writes the stamp; a cache that cannot be written only costs the next opening its time."""
+        if self._new == self._known:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = platform.temporary_sibling(self._file)
+            temporary.write_text(json.dumps(self._new), encoding="utf-8")
+            platform.replace_file(temporary, self._file)
+        except OSError as exc:
+            logger.info("hashes are not remembered: %s", exc)

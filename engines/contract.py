@@ -1,0 +1,161 @@
+"""The engine contract: what every backend gives, and what the runtime relies on.
+
+- An engine holds nothing of a request: two threads may call one engine at the same time, each with its own state.
+- Feeds are C-contiguous NumPy arrays of exactly the declared dtypes and shapes; they are read, never kept or changed.
+- Outputs are NumPy arrays that belong to the caller and stay valid after the next call and after `close()`.
+- State is made by the component, owned by the caller (one per video, one per tile), kept on the device between calls
+  and shared by the component's engines. If a call fails, the state it was given must not be used again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
+from t2v_rt.engines.specs import StateSpec, TensorSpec
+from t2v_rt.errors import EngineError
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+class EngineState(ABC):
+    """Tensors that stay on the device from call to call; made by `Component.new_state`."""
+
+    sizes: Mapping[str, int]
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+
+    @abstractmethod
+    def to_host(self) -> dict[str, NDArray[Any]]:
+        """Copies of all tensors by name."""
+
+
+class Engine(ABC):
+    """A loaded engine: one graph of a component.
+
+    Args:
+        name: component and role, named in errors.
+        spec: what crosses the engine's boundary.
+    """
+
+    def __init__(self, name: str, spec: GraphSpec) -> None:
+        self.name = name
+        self.spec = spec
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.outputs
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return self.spec.states
+
+    def infer(self, feeds: Feeds, state: EngineState | None = None) -> dict[str, NDArray[Any]]:
+        """Runs the engine once.
+
+        Args:
+            feeds: input name -> array, of the dtypes and shapes in `inputs`.
+            state: updated in place; needed exactly where `states` is not empty.
+
+        Returns:
+            Output name -> new array, of the dtypes and shapes in `outputs`.
+
+        Raises:
+            EngineError: a feed is missing, unknown or of the wrong dtype or shape; the state is missing, surplus or
+                made for other sizes; or the backend failed.
+        """
+        self._check(feeds, state)
+        return self._run(feeds, state)
+
+    def _check(self, feeds: Feeds, state: EngineState | None) -> None:
+        expected = [spec.name for spec in self.inputs]
+        if len(feeds) != len(expected) or any(name not in feeds for name in expected):
+            raise EngineError(f"{self.name}: fed {sorted(feeds)}; expected {sorted(expected)}")
+        if (state is None) == bool(self.states):
+            wanted = "needs a state, made by the component's new_state" if self.states else "takes no state"
+            raise EngineError(f"{self.name}: {'no' if state is None else 'a'} state was given; this engine {wanted}")
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            spec.check(feeds[spec.name], sizes, self.name)
+        if state is not None and any(sizes.get(symbol, size) != size for symbol, size in state.sizes.items()):
+            raise EngineError(f"{self.name}: state made for {dict(state.sizes)}, fed {sizes}; make a new state")
+
+    @abstractmethod
+    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+        """Runs the engine on checked feeds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases the engine's memory; closing twice is allowed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Component(ABC):
+    """The loaded engines of one component, and the states they share.
+
+    Args:
+        name: `text_encoder`, `transformer` or `vae_decoder`.
+        spec: from the manifest.
+        engines: role -> engine.
+    """
+
+    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, Engine]) -> None:
+        self.name = name
+        self.spec = spec
+        self.engines = dict(engines)
+
+    def __getitem__(self, role: str) -> Engine:
+        try:
+            return self.engines[role]
+        except KeyError:
+            raise EngineError(f"{self.name} has no engine {role!r}; it has {sorted(self.engines)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.engines)
+
+    @property
+    def states(self) -> tuple[TensorSpec, ...]:
+        """The state tensors of all engines, each once."""
+        found = {state.tensor.name: state.tensor for engine in self.engines.values() for state in engine.states}
+        return tuple(found.values())
+
+    @abstractmethod
+    def new_state(self, *, height: int, width: int) -> EngineState:
+        """A zero-filled state.
+
+        Args:
+            height: of the latents, in latent rows.
+            width: of the latents, in latent columns.
+        """
+
+    def close(self) -> None:
+        """Closes all engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,248 @@
+"""The manifest, `bundle.json`: everything a bundle declares about its model and its engines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Self
+
+from t2v_rt.engines.specs import StateSpec, TensorSpec
+from t2v_rt.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One engine file of a component, and what crosses its boundary."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+            "states": [spec.to_json() for spec in self.states],
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(
+            str(fields["path"]),
+            tuple(TensorSpec.from_json(spec) for spec in fields["inputs"]),
+            tuple(TensorSpec.from_json(spec) for spec in fields["outputs"]),
+            tuple(StateSpec.from_json(spec) for spec in fields["states"]),
+        )
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """A component: its engines by role (`model`; the VAE decoder has `first` and `next`) and their size.
+
+    Args:
+        graphs: role -> engine file.
+        precision: of matmul and convolution operands.
+        weights_bytes: bytes of weights, shared by the graphs.
+    """
+
+    graphs: Mapping[str, GraphSpec]
+    precision: str
+    weights_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
+            "precision": self.precision,
+            "weights_bytes": self.weights_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        graphs = {str(role): GraphSpec.from_json(graph) for role, graph in fields["graphs"].items()}
+        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the pipeline must know of a model: families differ in these values, not in code paths of the pipeline.
+
+    Args:
+        family: names the module of the runtime that knows the family, e.g. `wan`.
+        latent_channels: C of the latents (B, C, F, H, W).
+        latents_mean: per channel; decoded latents are `z * std + mean`.
+        latents_std: per channel.
+        spatial_factor: pixels per latent row and column.
+        temporal_factor: frames per latent frame; frames are a multiple of it, plus one.
+        patch: latent frames, rows and columns per token of the denoiser.
+        max_patches: tokens that fit along one axis.
+        heads: attention heads of the denoiser, for the memory estimate.
+        hidden_dim: width of the denoiser, for the memory estimate.
+        text_length: positions the prompt is padded or cut to.
+        text_dim: D of the prompt embeddings (B, L, D).
+        relative_buckets: number of relative-position buckets of the text encoder.
+        relative_max_distance: distance from which all positions share the last bucket.
+    """
+
+    family: str
+    latent_channels: int
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    spatial_factor: int
+    temporal_factor: int
+    patch: tuple[int, int, int]
+    max_patches: int
+    heads: int
+    hidden_dim: int
+    text_length: int
+    text_dim: int
+    relative_buckets: int
+    relative_max_distance: int
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        tuples = {key: tuple(fields[key]) for key in ("latents_mean", "latents_std", "patch")}
+        return cls(**{**fields, **tuples})
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that leaves a setting out gets."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and hash of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `bundle.json`.
+
+    Args:
+        backend: the backend its engines are for.
+        precision: of the engines.
+        fingerprint: hash of all that went into the build; an equal one means the bundle can be reused.
+        builder: library -> version that built it.
+        model: constants of the model.
+        scheduler: the checkpoint's scheduler config, class name included.
+        defaults: of a request.
+        components: name -> component.
+        files: path inside the bundle -> size and hash, of every file but the manifest.
+    """
+
+    backend: str
+    precision: str
+    fingerprint: str
+    builder: Mapping[str, str]
+    model: ModelSpec
+    scheduler: Mapping[str, Any]
+    defaults: Defaults
+    components: Mapping[str, ComponentSpec]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        paths = [*self.files, *(graph.path for spec in self.components.values() for graph in spec.graphs.values())]
+        for path in paths:
+            check_inside(path)
+        for path in paths:
+            if path not in self.files:
+                raise BundleError(f"{MANIFEST_NAME} names the engine file {path!r} but gives no hash of it; rebuild it")
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, `schema_version` and `bundle_id` included."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "backend": self.backend,
+            "precision": self.precision,
+            "fingerprint": self.fingerprint,
+            "builder": dict(self.builder),
+            "model": asdict(self.model),
+            "scheduler": dict(self.scheduler),
+            "defaults": asdict(self.defaults),
+            "components": {name: spec.to_json() for name, spec in self.components.items()},
+            "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
+        }
+        content = json.loads(json.dumps(content))
+        return {"schema_version": SCHEMA_VERSION, "bundle_id": _digest(content), **content}
+
+    @property
+    def bundle_id(self) -> str:
+        """A short hash of the whole content: two bundles with one id give the same videos."""
+        return str(self.to_json()["bundle_id"])
+
+    @classmethod
+    def from_json(cls, content: object) -> Self:
+        """Reads a manifest.
+
+        Args:
+            content: the parsed JSON.
+
+        Raises:
+            BundleError: not a manifest, of a newer schema, edited, or with a path that leaves the bundle.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
+            raise BundleError(f"{MANIFEST_NAME} has no schema_version; expected a bundle written by build-engines")
+        if content["schema_version"] > SCHEMA_VERSION:
+            raise BundleError(
+                f"{MANIFEST_NAME} has schema {content['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
+                "update t2v-rt, or build the bundle again"
+            )
+        try:
+            result = cls(
+                backend=str(content["backend"]),
+                precision=str(content["precision"]),
+                fingerprint=str(content["fingerprint"]),
+                builder=dict(content["builder"]),
+                model=ModelSpec.from_json(content["model"]),
+                scheduler=dict(content["scheduler"]),
+                defaults=Defaults.from_json(content["defaults"]),
+                components={str(k): ComponentSpec.from_json(v) for k, v in content["components"].items()},
+                files={str(path): FileEntry(**entry) for path, entry in content["files"].items()},
+            )
+            written_id = content["bundle_id"]
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            if isinstance(exc, BundleError):
+                raise
+            raise BundleError(f"{MANIFEST_NAME} is damaged ({exc!r}); build the bundle again") from exc
+        if _digest({key: value for key, value in content.items() if key != "bundle_id"}) != written_id:
+            raise BundleError(f"{MANIFEST_NAME} was edited after it was built; build the bundle again")
+        return result
+
+
+def check_inside(path: str) -> None:
+    """Refuses a path that is absolute, names a drive or climbs out of the bundle.
+
+    Raises:
+        BundleError: the path leaves the bundle.
+    """
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    if not path or posix.is_absolute() or windows.anchor or ".." in windows.parts or ".." in posix.parts:
+        raise BundleError(f"{MANIFEST_NAME} names {path!r}, which leaves the bundle; do not use a bundle like this")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""Tensor specs: the name, dtype and shape of what goes into an engine, comes out of it, or stays in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.errors import BundleError, EngineError
+
+DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor at an engine's boundary.
+
+    Args:
+        name: tensor name in the graph.
+        dtype: `float32`, `float16` or `int64`; no other dtype crosses an engine's boundary.
+        shape: each dimension a fixed size, a symbol such as `height`, or a multiple of one such as `4*height`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BundleError(f"tensor {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for dim in self.shape:
+            if isinstance(dim, str):
+                _factor(dim)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(DTYPES[self.dtype])
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape for given sizes of the symbols."""
+        resolved = []
+        for dim in self.shape:
+            if isinstance(dim, int):
+                resolved.append(dim)
+            else:
+                factor, symbol = _factor(dim)
+                resolved.append(factor * sizes[symbol])
+        return tuple(resolved)
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of the tensor for given sizes of the symbols."""
+        return prod(self.resolve(sizes)) * self.numpy_dtype.itemsize
+
+    def check(self, array: NDArray[Any], sizes: dict[str, int], engine: str) -> None:
+        """Checks an array against the spec and binds the symbols it meets first.
+
+        Args:
+            array: what is about to be fed.
+            sizes: symbol -> size; extended in place.
+            engine: named in the error.
+
+        Raises:
+            EngineError: dtype, rank or a size differs.
+        """
+        fits = array.dtype == self.numpy_dtype and array.ndim == len(self.shape)
+        for dim, size in zip(self.shape, array.shape, strict=False):
+            factor, symbol = (dim, "") if isinstance(dim, int) else _factor(dim)
+            expected = factor * (sizes.setdefault(symbol, size // factor) if symbol else 1)
+            fits = fits and size == expected
+        if not fits:
+            known = {symbol: size for symbol, size in sizes.items() if symbol in str(self.shape)}
+            raise EngineError(
+                f"{engine}: input {self.name!r} is {array.dtype} {list(array.shape)}; expected {self.dtype} "
+                f"[{', '.join(map(str, self.shape))}]" + (f" with {known}" if known else "")
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TensorSpec:
+        return cls(str(fields["name"]), str(fields["dtype"]), tuple(fields["shape"]))
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A tensor that an engine reads and rewrites from call to call.
+
+    Args:
+        name: of the state; also the spec's name in a `new_state`.
+        input: name of the graph input that reads it, or None where a graph only writes it.
+        output: name of the graph output that rewrites it, or None where a graph leaves it alone.
+        tensor: its dtype and shape.
+    """
+
+    input: str | None
+    output: str | None
+    tensor: TensorSpec
+
+    def to_json(self) -> dict[str, Any]:
+        return {"input": self.input, "output": self.output, **self.tensor.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> StateSpec:
+        return cls(fields["input"], fields["output"], TensorSpec.from_json(fields))
+
+
+def _factor(dim: str) -> tuple[int, str]:
+    head, star, tail = dim.partition("*")
+    if not star:
+        return 1, dim
+    if not head.isdigit() or int(head) < 1:
+        raise BundleError(f"dimension {dim!r} is not understood; expected a size, a symbol or n*symbol")
+    return int(head), tail

@@ -1,0 +1,1 @@
+"""From torch modules to ONNX graphs; the only package that imports torch."""

@@ -1,0 +1,58 @@
+"""Reading the JSON configs of a checkpoint: each value checked where it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from t2v_rt.errors import CheckpointError
+
+T = TypeVar("T", int, float, bool, str, list[Any])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises CheckpointError where the file is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; expected a checkpoint in diffusers layout") from None
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path} cannot be read as JSON ({exc}); download it again") from exc
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def option(
+    config: Mapping[str, Any], component: str, key: str, kind: type[T], default: T, *, nullable: bool = False
+) -> T:
+    """A config value of the given kind, or the upstream class's default where the config leaves it out.
+
+    Raises:
+        CheckpointError: the value is of another kind, or a size below one.
+    """
+    value = config.get(key, default)
+    if value is None and nullable:
+        return default
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong = not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1))
+    if wrong:
+        raise CheckpointError(
+            f"{component}/config.json: {key} is {value!r}; expected a {kind.__name__}"
+            + (" of 1 or more" if kind is int else "")
+        )
+    return kind(value)  # type: ignore[call-arg]
+
+
+def require(
+    config: Mapping[str, Any], component: str, key: str, expected: object, default: object = "nothing"
+) -> None:
+    """Refuses a config whose `key` is not `expected`; `default` is what a missing key means."""
+    found = config.get(key, default)
+    if found != expected:
+        raise CheckpointError(
+            f"{component}/config.json: {key} is {found!r}; only {expected!r} is supported (text-to-video, Wan2.1)"
+        )

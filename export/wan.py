@@ -1,0 +1,165 @@
+"""The Wan2.1 text-to-video family: which graphs a checkpoint becomes, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2v_rt.engines.manifest import ComponentSpec, Defaults, GraphSpec, ModelSpec
+from t2v_rt.engines.specs import StateSpec
+from t2v_rt.errors import CheckpointError
+from t2v_rt.export.checkpoint import Checkpoint
+from t2v_rt.export.graph import GraphWriter, Precision
+from t2v_rt.export.wan_text_encoder import TextEncoderConfig, write_text_encoder
+from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
+from t2v_rt.export.wan_vae import VaeConfig, VaeDecoderGraph
+from t2v_rt.export.weights import WeightFile
+
+PIPELINE = "WanPipeline"
+TEXT_LENGTH = 512  # the pipeline's max_sequence_length; the denoiser was trained on text padded to it
+DEFAULTS = Defaults(
+    height=480,
+    width=832,
+    num_frames=81,
+    fps=16.0,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    negative_prompt="",
+)
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class WanConfigs:
+    """The three networks' configs, checked against each other."""
+
+    text_encoder: TextEncoderConfig
+    transformer: TransformerConfig
+    vae: VaeConfig
+
+    def __post_init__(self) -> None:
+        pairs = (
+            ("text_dim", self.transformer.text_dim, "the text encoder's d_model", self.text_encoder.dim),
+            ("in_channels", self.transformer.in_channels, "the VAE's z_dim", self.vae.z_dim),
+            ("out_channels", self.transformer.out_channels, "the VAE's z_dim", self.vae.z_dim),
+        )
+        for key, found, other, expected in pairs:
+            if found != expected:
+                raise CheckpointError(f"transformer/config.json: {key} is {found} but {other} is {expected}")
+        if self.vae.out_channels != 3 or self.transformer.patch[0] != 1:
+            raise CheckpointError(
+                f"a VAE of {self.vae.out_channels} colour channels with patches of {self.transformer.patch[0]} latent "
+                "frames is not supported; expected 3 and 1"
+            )
+
+
+def read_configs(checkpoint: Checkpoint) -> WanConfigs:
+    """Reads and checks the configs; raises CheckpointError for an architecture this family does not cover."""
+    if checkpoint.pipeline != PIPELINE:
+        raise CheckpointError(
+            f"{checkpoint.folder}: model_index.json names the pipeline {checkpoint.pipeline!r}; supported: {PIPELINE}"
+        )
+    return WanConfigs(
+        TextEncoderConfig.from_config(checkpoint.configs["text_encoder"]),
+        TransformerConfig.from_config(checkpoint.configs["transformer"]),
+        VaeConfig.from_config(checkpoint.configs["vae"]),
+    )
+
+
+def model_spec(configs: WanConfigs) -> ModelSpec:
+    """The model's constants for the manifest."""
+    return ModelSpec(
+        family="wan",
+        latent_channels=configs.vae.z_dim,
+        latents_mean=configs.vae.latents_mean,
+        latents_std=configs.vae.latents_std,
+        spatial_factor=configs.vae.spatial_factor,
+        temporal_factor=configs.vae.temporal_factor,
+        patch=configs.transformer.patch,
+        max_patches=configs.transformer.rope_max,
+        heads=configs.transformer.heads,
+        hidden_dim=configs.transformer.dim,
+        text_length=TEXT_LENGTH,
+        text_dim=configs.transformer.text_dim,
+        relative_buckets=configs.text_encoder.buckets,
+        relative_max_distance=configs.text_encoder.max_distance,
+    )
+
+
+def read_defaults(generation: Mapping[str, Any]) -> Defaults:
+    """Request defaults: the checkpoint's `generation_config.json` over the family's own.
+
+    Raises:
+        CheckpointError: a value of the wrong kind.
+    """
+    values: dict[str, Any] = {}
+    for key, family_value in vars(DEFAULTS).items():
+        value = generation.get(key, family_value)
+        kind = type(family_value)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind is not str and not value > 0):
+            raise CheckpointError(f"generation_config.json: {key} is {value!r}; expected a positive {kind.__name__}")
+        values[key] = value
+    return Defaults(**values)
+
+
+def export_components(
+    checkpoint: Checkpoint, configs: WanConfigs, folder: Path, precision: Precision, progress: Progress
+) -> dict[str, ComponentSpec]:
+    """Writes the graphs and weights of all components.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        configs: from `read_configs`.
+        folder: of the bundle; one folder per component is made in it.
+        precision: of matmul and convolution operands.
+        progress: called with a component's name before its work begins.
+
+    Returns:
+        Component name -> what the manifest says of it.
+
+    Raises:
+        CheckpointError: a tensor is missing or has the wrong shape.
+    """
+    weights = checkpoint.weights
+    result: dict[str, ComponentSpec] = {}
+    progress("text_encoder")
+    with _writing(folder, "text_encoder") as store:
+        g = GraphWriter("text_encoder", weights["text_encoder"], store, precision)
+        write_text_encoder(g, configs.text_encoder)
+        result["text_encoder"] = ComponentSpec({"model": _saved(g, store, "model")}, precision, store.nbytes)
+    progress("transformer")
+    with _writing(folder, "transformer") as store:
+        g = GraphWriter("transformer", weights["transformer"], store, precision)
+        write_transformer(g, configs.transformer)
+        result["transformer"] = ComponentSpec({"model": _saved(g, store, "model")}, precision, store.nbytes)
+    progress("vae_decoder")
+    with _writing(folder, "vae_decoder") as store:
+        graphs = {}
+        for role in ("first", "next"):
+            g = GraphWriter(f"vae_decoder.{role}", weights["vae"], store, precision)
+            states = VaeDecoderGraph(g, configs.vae, first=role == "first").write()
+            graphs[role] = _saved(g, store, role, states)
+        result["vae_decoder"] = ComponentSpec(graphs, precision, store.nbytes)
+    return result
+
+
+def _writing(folder: Path, name: str) -> WeightFile:
+    (folder / name).mkdir()
+    return WeightFile(folder / name / "weights.data")
+
+
+def _saved(g: GraphWriter, store: WeightFile, role: str, states: Sequence[StateSpec] = ()) -> GraphSpec:
+    """Saves a graph beside its weights; its states are declared apart from its inputs and outputs."""
+    path = store.path.with_name(f"{role}.onnx")
+    g.save(path)
+    hidden = {name for state in states for name in (state.input, state.output)}
+    return GraphSpec(
+        f"{path.parent.name}/{path.name}",
+        tuple(spec for spec in g.inputs if spec.name not in hidden),
+        tuple(spec for spec in g.outputs if spec.name not in hidden),
+        tuple(states),
+    )

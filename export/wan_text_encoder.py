@@ -1,0 +1,112 @@
+"""The UMT5 encoder as one ONNX graph of dynamic length.
+
+Source of the architecture: transformers `UMT5EncoderModel`; UniMax (arXiv:2304.09151), T5 (arXiv:1910.10683). Each
+layer has its own relative-position bias and scores are not scaled. The bucket of each pair of positions is an input:
+its logarithm would otherwise be folded, or taken of zero, inside the graph. The residual stream and the second
+feed-forward matrix stay float32: their values leave half's range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.errors import CheckpointError
+from t2v_rt.export.config import option, require
+from t2v_rt.export.graph import GraphWriter
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """What of a UMT5Config shapes the encoder."""
+
+    vocab: int
+    dim: int
+    head_dim: int
+    heads: int
+    ffn_dim: int
+    layers: int
+    buckets: int
+    max_distance: int
+    eps: float
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextEncoderConfig:
+        """Reads `text_encoder/config.json`; raises CheckpointError for another architecture or activation."""
+        require(config, "text_encoder", "model_type", "umt5")
+        act = config.get("feed_forward_proj", "gated-gelu")
+        if act != "gated-gelu":
+            raise CheckpointError(
+                f"text_encoder/config.json: feed_forward_proj is {act!r}; only 'gated-gelu' is supported"
+            )
+        read = {
+            key: option(config, "text_encoder", key, int, default)
+            for key, default in (
+                ("vocab_size", 250112),
+                ("d_model", 512),
+                ("d_kv", 64),
+                ("num_heads", 6),
+                ("d_ff", 1024),
+                ("num_layers", 8),
+                ("relative_attention_num_buckets", 32),
+                ("relative_attention_max_distance", 128),
+            )
+        }
+        return cls(
+            vocab=read["vocab_size"],
+            dim=read["d_model"],
+            head_dim=read["d_kv"],
+            heads=read["num_heads"],
+            ffn_dim=read["d_ff"],
+            layers=read["num_layers"],
+            buckets=read["relative_attention_num_buckets"],
+            max_distance=read["relative_attention_max_distance"],
+            eps=option(config, "text_encoder", "layer_norm_epsilon", float, 1e-6),
+        )
+
+
+def write_text_encoder(g: GraphWriter, config: TextEncoderConfig) -> None:
+    """Writes the encoder into `g`: token ids (B, L) and buckets (L, L) in, prompt embeddings (B, L, D) out."""
+    ids = g.input(TensorSpec("input_ids", "int64", ("batch", "length")))
+    buckets = g.input(TensorSpec("relative_buckets", "int64", ("length", "length")))
+    name = "shared.weight" if "shared.weight" in g.weights else "encoder.embed_tokens.weight"
+    hidden = g.full(g.op("Gather", g.weight(name, (config.vocab, config.dim)), ids))
+    for layer in range(config.layers):
+        block = f"encoder.block.{layer}"
+        hidden = g.add(hidden, _self_attention(g, config, f"{block}.layer.0", hidden, buckets))
+        hidden = g.add(hidden, _feed_forward(g, config, f"{block}.layer.1", hidden))
+    hidden = _norm(g, config, "encoder.final_layer_norm", hidden)
+    g.output(hidden, TensorSpec("prompt_embeds", "float32", ("batch", "length", config.dim)))
+
+
+def _norm(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) -> str:
+    weight = g.weight(f"{name}.weight", (config.dim,), half=False)
+    return g.op("RMSNormalization", x, weight, axis=-1, epsilon=config.eps)
+
+
+def _self_attention(g: GraphWriter, config: TextEncoderConfig, name: str, x: str, buckets: str) -> str:
+    inner = config.heads * config.head_dim
+    normed = g.half(_norm(g, config, f"{name}.layer_norm", x))
+    attention = f"{name}.SelfAttention"
+    query, key, value = (g.linear(normed, f"{attention}.{part}", config.dim, inner, bias=False) for part in "qkv")
+    table = g.weight(
+        f"{attention}.relative_attention_bias.weight", (config.buckets, config.heads), half=False
+    )
+    bias = g.op("Unsqueeze", g.transpose(g.op("Gather", table, buckets), [2, 0, 1]), g.const([0]))
+    attended = g.op(
+        "Attention", query, key, value, g.half(bias), q_num_heads=config.heads, kv_num_heads=config.heads, scale=1.0
+    )
+    return g.full(g.linear(attended, f"{attention}.o", inner, config.dim, bias=False))
+
+
+def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) -> str:
+    normed = g.half(_norm(g, config, f"{name}.layer_norm", x))
+    dense = f"{name}.DenseReluDense"
+    gate, linear = (g.linear(normed, f"{dense}.wi_{i}", config.dim, config.ffn_dim, bias=False) for i in (0, 1))
+    inner = g.mul(g.full(g.op("Gelu", gate, approximate="tanh")), g.full(linear))
+    wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), np.transpose, half=False)
+    return g.op("MatMul", inner, wo)

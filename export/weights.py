@@ -1,0 +1,224 @@
+"""Checkpoint tensors in, graph weights out: one tensor in memory at a time, whatever the model's size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000  # the format's own limit on the JSON header, in bytes
+ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor of a safetensors file lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class CheckpointWeights:
+    """The tensors of one component folder: a single safetensors file or shards with an index.
+
+    Args:
+        folder: component folder, e.g. `checkpoint/transformer`.
+
+    Raises:
+        CheckpointError: no safetensors weights, pickled weights only, a truncated or damaged file, a missing shard,
+            or an index that names a tensor no shard has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files, index = _weight_files(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            self.tensors.update(read_header(file))
+        missing = sorted(set(index) - set(self.tensors))
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the index names {len(missing)} tensors that no shard holds, the first {missing[0]!r}; "
+                "download the shards again"
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; raises CheckpointError where the checkpoint has none of that name."""
+        return self._find(name).shape
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def read(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Reads one tensor as float32.
+
+        Args:
+            name: tensor name in the checkpoint.
+            shape: the shape the component's config implies.
+
+        Returns:
+            A new float32 array of `shape`.
+
+        Raises:
+            CheckpointError: the tensor is missing, has another shape, or is not a floating-point tensor.
+        """
+        stored = self._find(name)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, "
+                f"config.json implies {list(shape)}; weights and config do not belong together"
+            )
+        if stored.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name!r} has dtype {stored.dtype}; expected one of {', '.join(ITEM_BYTES)}"
+            )
+        raw = np.fromfile(stored.file, np.uint8, prod(shape) * ITEM_BYTES[stored.dtype], offset=stored.offset)
+        return _to_float32(raw, stored.dtype).reshape(shape)
+
+    def _find(self, name: str) -> StoredTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} is missing; expected a complete diffusers checkpoint"
+            ) from None
+
+
+def _to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    if dtype == "BF16":  # NumPy has no bfloat16: it is the upper half of a float32
+        widened = raw.view("<u2").astype(np.uint32)
+        widened <<= 16
+        return widened.view(np.float32)
+    source = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
+    return raw.view(source).astype(np.float32, copy=False)
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The safetensors files of a component and the index that ties shards together (empty for a single file)."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        try:
+            index: dict[str, str] = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
+            shards = [folder / name for name in sorted(set(index.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise CheckpointError(f"{indexes[0]}: not a readable index ({exc}); expected a 'weight_map'") from exc
+        for shard in shards:
+            if shard.parent != folder or not shard.is_file():
+                raise CheckpointError(f"{shard}: shard named in {indexes[0].name} is missing; download it again")
+        return shards, index
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        named = [file for file in files if file.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")]
+        files = named or files
+    if len(files) == 1:
+        return files, {}
+    if files:
+        raise CheckpointError(
+            f"{folder}: {len(files)} safetensors files and no index; expected one file, or shards with an index"
+        )
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: only pickled weights found ({pickles[0]}), which can run code when loaded; "
+            "expected .safetensors: convert them, or download the safetensors variant"
+        )
+    raise CheckpointError(f"{folder}: no weights found; expected a .safetensors file")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Reads and checks the header of a safetensors file (format: huggingface/safetensors, README).
+
+    Args:
+        file: path of the file.
+
+    Returns:
+        Tensor name -> place in the file.
+
+    Raises:
+        CheckpointError: the header is damaged, or the file is shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise CheckpointError(
+                f"{file}: damaged or truncated: {size} bytes with a header of {length}; download it again"
+            )
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _entry(file, 8 + length, fields) for name, fields in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise CheckpointError(f"{file}: damaged header ({exc}); download it again") from exc
+    end = max((8 + length + int(fields["data_offsets"][1]) for fields in header.values()), default=0)
+    if end != size:
+        raise CheckpointError(f"{file}: truncated or damaged: {size} bytes, its header says {end}; download it again")
+    return tensors
+
+
+def _entry(file: Path, data_start: int, fields: Mapping[str, Any]) -> StoredTensor:
+    start, end = (int(offset) for offset in fields["data_offsets"])
+    shape = tuple(int(dim) for dim in fields["shape"])
+    dtype = str(fields["dtype"])
+    if start < 0 or end < start or min(shape, default=0) < 0:
+        raise ValueError(f"impossible offsets {start}..{end} or shape {list(shape)}")
+    if dtype in ITEM_BYTES and end - start != prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{end - start} bytes for shape {list(shape)} of {dtype}")
+    return StoredTensor(file, dtype, shape, data_start + start)
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """Where a written weight lies in its external data file."""
+
+    offset: int
+    length: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class WeightFile:
+    """The raw external data file of one component, shared by its graphs; written front to back, each weight once.
+
+    Args:
+        path: the file to create, beside the graphs that name it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, WeightPlace] = {}
+        self._stream: BinaryIO = path.open("wb")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, padding not counted."""
+        return sum(place.length for place in self.places.values())
+
+    def put(self, name: str, array: NDArray[Any]) -> WeightPlace:
+        """Appends a weight at the next page boundary and returns its place."""
+        offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
+        self._stream.write(b"\0" * (offset - self._stream.tell()))
+        self._stream.write(np.ascontiguousarray(array).data)
+        self.places[name] = WeightPlace(offset, array.nbytes, array.dtype, array.shape)
+        return self.places[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()

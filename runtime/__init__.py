@@ -1,0 +1,1 @@
+"""The NumPy runtime: prompt text, noise, schedulers, pipeline and video files."""

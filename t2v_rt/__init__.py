@@ -1,0 +1,1 @@
+"""Inference runtime for small text-to-video diffusion models."""

@@ -1,0 +1,49 @@
+"""The error tree of t2v-rt.
+
+    T2VError
+    ├── InputError            what the caller gave cannot be used (exit code 2)
+    │   ├── RequestError      a setting of a request: size, steps, guidance, scheduler, output …
+    │   ├── CheckpointError   a diffusers folder that cannot be exported
+    │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
+    │   └── BackendError      a backend that is unknown, not installed or not usable here
+    └── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
+
+Every message is one line: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class T2VError(Exception):
+    """Base of all errors that t2v-rt raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputError(T2VError, ValueError):
+    """What the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class RequestError(InputError):
+    """A setting of a request is invalid."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be exported."""
+
+
+class BundleError(InputError):
+    """A bundle is missing, damaged, or not readable by this version."""
+
+
+class BackendError(InputError):
+    """A backend is unknown, not installed, or not usable on this machine."""
+
+
+class EngineError(T2VError, RuntimeError):
+    """An engine failed, or returned values that are not finite."""
