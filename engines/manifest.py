@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Self
 
@@ -167,7 +167,7 @@ class Manifest:
         paths = [*self.files, *(graph.path for spec in self.components.values() for graph in spec.graphs.values())]
         for path in paths:
             check_inside(path)
-        for path in paths:
+        for path in paths if self.files else ():  # while a bundle is being written, nothing is hashed yet
             if path not in self.files:
                 raise BundleError(f"{MANIFEST_NAME} names the engine file {path!r} but gives no hash of it; rebuild it")
 
@@ -187,6 +187,10 @@ class Manifest:
         }
         content = json.loads(json.dumps(content))
         return {"schema_version": SCHEMA_VERSION, "bundle_id": _digest(content), **content}
+
+    def with_components(self, components: Mapping[str, ComponentSpec]) -> Self:
+        """The same manifest for other components; their files must be hashed before it is written."""
+        return replace(self, components=components)
 
     @property
     def bundle_id(self) -> str:

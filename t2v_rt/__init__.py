@@ -1,1 +1,26 @@
-"""Inference runtime for small text-to-video diffusion models."""
+"""Inference runtime for small text-to-video diffusion models on 8 GB consumer cards."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from t2v_rt.build import build_engines
+from t2v_rt.errors import BackendError, BundleError, CheckpointError, EngineError, InputError, RequestError, T2VError
+from t2v_rt.runtime.output import TextToVideoOutput
+from t2v_rt.runtime.pipeline import TextToVideoPipeline
+
+__version__ = metadata.version("t2v-rt")
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "EngineError",
+    "InputError",
+    "RequestError",
+    "T2VError",
+    "TextToVideoOutput",
+    "TextToVideoPipeline",
+    "__version__",
+    "build_engines",
+]

@@ -1,0 +1,153 @@
+"""`build_engines`: from a checkpoint to a bundle, the command as a call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import get_args
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.backends import check_backend
+from t2v_rt.engines.bundle import Bundle, new_bundle, open_bundle, read_manifest, write_manifest
+from t2v_rt.engines.manifest import SCHEMA_VERSION, Defaults, Manifest
+from t2v_rt.errors import BundleError, InputError, RequestError
+
+Progress = Callable[[str, int, int], None]
+STEPS = ("text_encoder", "transformer", "vae_decoder", "hash")
+DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
+
+
+def build_engines(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Exports a checkpoint in diffusers layout and builds its engines.
+
+    The bundle is written under a temporary name and renamed: it is there whole or not at all. An existing bundle is
+    reused when everything that went into it is unchanged.
+
+    Args:
+        checkpoint: folder with `model_index.json` and a folder per component; safetensors only.
+        output: folder of the bundle.
+        backend: `onnxruntime`.
+        precision: of matmul and convolution operands: `fp32` or `fp16`.
+        height: default height of requests, instead of the checkpoint's.
+        width: default width, likewise.
+        num_frames: default number of frames, likewise.
+        force: build even where an existing bundle could be reused.
+        progress: called as `f(step, done, total)`.
+
+    Returns:
+        The opened bundle.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged, pickled or of an unsupported architecture.
+        BundleError: something other than a bundle is at `output`.
+        BackendError: the backend is unknown or not available.
+        RequestError: a setting is invalid, or the output folder or disk cannot take the bundle.
+    """
+    check_backend(backend)
+    try:
+        from t2v_rt.export import wan
+        from t2v_rt.export.checkpoint import open_checkpoint
+        from t2v_rt.export.graph import COMPUTE_DTYPES, Precision
+    except ImportError as exc:
+        raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[export]") from exc
+    if precision not in COMPUTE_DTYPES:
+        raise RequestError(f"precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
+    chosen = next(name for name in get_args(Precision) if name == precision)
+    target = Path(output)
+    platform.check_writable_parent(target)
+    source = open_checkpoint(checkpoint)
+    configs = wan.read_configs(source)
+    defaults = _defaults(wan.read_defaults(source.generation), height, width, num_frames)
+    manifest = Manifest(
+        backend=backend,
+        precision=precision,
+        fingerprint=_fingerprint(source.digest(), backend, precision, defaults),
+        builder={"t2v-rt": metadata.version("t2v-rt"), "onnx": metadata.version("onnx")},
+        model=wan.model_spec(configs),
+        scheduler=source.scheduler,
+        defaults=defaults,
+        components={},
+    )
+    _check_request(manifest)
+    if not force and (existing := _reusable(target, manifest.fingerprint)) is not None:
+        return existing
+    _check_disk(target, sum(file.stat().st_size for w in source.weights.values() for file in w.files))
+
+    def report(name: str) -> None:
+        if progress is not None:
+            progress(name, STEPS.index(name), len(STEPS))
+
+    with new_bundle(target) as folder:
+        components = wan.export_components(source, configs, folder, chosen, report)
+        (folder / "tokenizer").mkdir()
+        shutil.copyfile(source.tokenizer, folder / "tokenizer" / "tokenizer.json")
+        report("hash")
+        write_manifest(folder, manifest.with_components(components))
+    if progress is not None:
+        progress("done", len(STEPS), len(STEPS))
+    return open_bundle(target)
+
+
+def _defaults(base: Defaults, height: int | None, width: int | None, num_frames: int | None) -> Defaults:
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return Defaults(**{**vars(base), **given})
+
+
+def _check_request(manifest: Manifest) -> None:
+    """The defaults must make a valid request and the scheduler a known one, or the bundle could not be used."""
+    from t2v_rt.runtime.request import make_request
+    from t2v_rt.runtime.schedulers import get_scheduler
+
+    make_request(manifest, prompt="", seed=0)
+    get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
+
+
+def _fingerprint(checkpoint: str, backend: str, precision: str, defaults: Defaults) -> str:
+    """A hash of all that goes into a bundle: weights and configs, settings, and the code that writes the graphs."""
+    import t2v_rt.export
+
+    code = hashlib.sha256()
+    for file in sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")):
+        code.update(file.read_bytes())
+    content = {
+        "schema": SCHEMA_VERSION,
+        "checkpoint": checkpoint,
+        "backend": backend,
+        "precision": precision,
+        "defaults": vars(defaults),
+        "export": code.hexdigest(),
+        "versions": {name: metadata.version(name) for name in ("t2v-rt", "onnx", "onnxruntime")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _reusable(target: Path, fingerprint: str) -> Bundle | None:
+    """The bundle at `target` if it is intact and was made from exactly this, else None."""
+    try:
+        return open_bundle(target) if read_manifest(target).fingerprint == fingerprint else None
+    except BundleError:
+        return None
+
+
+def _check_disk(target: Path, weights: int) -> None:
+    needed, free = int(weights * DISK_MARGIN), platform.free_disk_bytes(target.absolute().parent)
+    if needed > free:
+        raise RequestError(
+            f"{target}: the bundle needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room first"
+        )
