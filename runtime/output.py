@@ -21,7 +21,7 @@ class TextToVideoOutput:
         peak_rss_bytes: the most memory the process has held resident so far.
     """
 
-    frames: Any
+    frames: Any = field(repr=False)
     seed: int | list[int] | None
     settings: Mapping[str, Any] = field(repr=False)
     stage_seconds: Mapping[str, float]
