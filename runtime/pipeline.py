@@ -193,7 +193,7 @@ class TextToVideoPipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **settings: Any,
-    ) -> Iterator[NDArray[Any]]:
+    ) -> FrameStream:
         """Makes one video and yields its frames as the VAE decodes them; only one chunk is held at a time.
 
         Args:
@@ -206,7 +206,8 @@ class TextToVideoPipeline:
             settings: the call's other arguments.
 
         Returns:
-            An iterator over frames. The request is validated at once; sampling begins with the first frame asked for.
+            An iterator over frames that also tells seed, settings, latents and times. The request is validated at
+            once; sampling begins with the first frame asked for.
 
         Raises:
             RequestError: an invalid setting, more than one video, or another output type.
@@ -218,7 +219,7 @@ class TextToVideoPipeline:
             )
         self.check_memory(request, kept_frames=self.manifest.model.temporal_factor)
         run = Run(self, request, callback_on_step_end, callback_on_step_end_tensor_inputs, progress)
-        return run.frames(generator)
+        return FrameStream(run, generator)
 
     def check_memory(self, request: Request, kept_frames: int) -> None:
         """Refuses a request that cannot fit, before anything is allocated; `kept_frames` are held at once.
@@ -327,7 +328,7 @@ class Run:
         if unknown:
             raise RequestError(f"callback tensors {sorted(unknown)} are unknown; expected {', '.join(CALLBACK_TENSORS)}")
         self._pipe = pipe
-        self._request = request
+        self.request = request
         self._callback = callback
         self._callback_tensors = tuple(callback_tensors)
         self._progress = progress or (lambda stage, done, total: None)
@@ -349,12 +350,12 @@ class Run:
         with self._timed("encode"):
             conditional, unconditional = self._encode()
         with self._timed("denoise"):
-            latents, generators = make_noise(self._request, self._pipe.latent_shape(self._request), generator)
+            latents, generators = make_noise(self.request, self._pipe.latent_shape(self.request), generator)
             return self._denoise(latents, conditional, unconditional, generators)
 
     def _encode(self) -> tuple[Array, Array | None]:
         """Conditional and unconditional embeddings, one row per video."""
-        request = self._request
+        request = self.request
         self._progress("encode", 0, 1)
         conditional = request.prompt_embeds
         if conditional is None:
@@ -371,7 +372,7 @@ class Run:
     def _denoise(
         self, latents: Array, conditional: Array, unconditional: Array | None, generators: list[Generator]
     ) -> Array:
-        request, scheduler = self._request, self._scheduler
+        request, scheduler = self.request, self._scheduler
         guided = uses_guidance(request.guidance_scale)
         scheduler.set_timesteps(request.num_inference_steps)
         latents = latents * np.float32(scheduler.init_noise_sigma)
@@ -431,10 +432,54 @@ class Run:
                 return
             yield chunk
 
-    def frames(self, generator: Generator | Sequence[Generator] | None = None) -> Iterator[NDArray[Any]]:
-        """Samples and decodes one video, frame by frame."""
-        for chunk in self.chunks(self.sample(generator)):
-            yield from wan.to_uint8(chunk) if self._request.output_type == "uint8" else chunk
+
+class FrameStream(Iterator[NDArray[Any]]):
+    """One video's frames as they are decoded; made by `TextToVideoPipeline.stream`.
+
+    Args:
+        run: of the request.
+        generator: instead of the request's seed.
+
+    Attributes:
+        request: the validated request.
+        settings: everything that determines the result, as plain JSON values.
+        latents: float32 (1, C, F, H, W) once sampling is done.
+    """
+
+    def __init__(self, run: Run, generator: Generator | None = None) -> None:
+        self._run = run
+        self._generator = generator
+        self.request = run.request
+        self.settings = run.request.settings(run.scheduler_settings)
+        self.latents: Array | None = None
+        self._frames = self._make()
+
+    @property
+    def stage_seconds(self) -> Mapping[str, float]:
+        """Wall time of each stage so far."""
+        return self._run.seconds
+
+    @property
+    def step_calls(self) -> tuple[int, ...]:
+        """Denoiser calls of each step so far."""
+        return tuple(self._run.step_calls)
+
+    def __next__(self) -> NDArray[Any]:
+        return next(self._frames)
+
+    def sample(self) -> Array:
+        """Encodes and denoises, if that has not been done, and returns the latents."""
+        if self.latents is None:
+            self.latents = self._run.sample(self._generator)
+        return self.latents
+
+    def _make(self) -> Iterator[NDArray[Any]]:
+        for chunk in self._run.chunks(self.sample()):
+            yield from wan.to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+
+    def close(self) -> None:
+        """Ends the video early and releases its state."""
+        self._frames.close()  # type: ignore[attr-defined]
 
 
 def _collect(run: Run, latents: Array, output_type: str) -> Any:

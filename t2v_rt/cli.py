@@ -1,0 +1,183 @@
+"""The command line: `t2v-rt build-engines | generate | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from t2v_rt.errors import RequestError, T2VError
+
+EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
+GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
+INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments, without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 2 bad usage or input, 1 anything else, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="t2v-rt: %(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        options = make_parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+    except KeyboardInterrupt:
+        print("t2v-rt: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except T2VError as exc:
+        print(f"t2v-rt: error: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except BrokenPipeError:
+        return EXIT_FAILURE
+    except Exception as exc:  # whatever else goes wrong is one line for the user; --verbose shows where
+        if "--verbose" in arguments:
+            raise
+        print(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}", file=sys.stderr)
+        return EXIT_FAILURE
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from t2v_rt import __version__
+
+    parser = Parser(prog="t2v-rt", description="Text-to-video on 8 GB cards, or on the CPU.", epilog=GENERATE_EXAMPLE)
+    parser.add_argument("--version", action="version", version=f"t2v-rt {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_build(commands)
+    _add_generate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Any:
+    parser = commands.add_parser(name, help=text, description=text, epilog=example)
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--verbose", action="store_true", help="show where an unexpected error came from")
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    text = "Export a checkpoint in diffusers layout (safetensors) and build its engines."
+    add = _command(commands, "build-engines", run_build, text, BUILD_EXAMPLE).add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="folder with model_index.json")
+    add("--output", required=True, metavar="BUNDLE", help="folder to write")
+    add("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
+    add("--precision", default="fp32", help="fp32 (default) or fp16")
+    add("--height", type=int, help="default height of requests, in pixels")
+    add("--width", type=int, help="default width of requests, in pixels")
+    add("--num-frames", type=int, help="default number of frames of requests")
+    add("--force", action="store_true", help="build even where the bundle there could be reused")
+
+
+def _add_generate(commands: Any) -> None:
+    text = "Make a video from a prompt; what is left out takes the bundle's default."
+    add = _command(commands, "generate", run_generate, text, GENERATE_EXAMPLE).add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to show, in English or Chinese")
+    add("--engines", required=True, metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--output", metavar="FILE", help=".mp4, .webm, .gif, .npy, or a name without extension for a folder of png")
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    add("--seed", type=int, help="of the noise; drawn and told where it is left out")
+    add("--height", type=int, help="in pixels")
+    add("--width", type=int, help="in pixels")
+    add("--num-frames", type=int, help="frames of the video")
+    add("--fps", type=float, help="frames per second of the file")
+    add("--num-inference-steps", type=int, help="denoising steps")
+    add("--guidance-scale", type=float, help="1 turns guidance off")
+    add("--scheduler", metavar="NAME", help="unipc, euler …; the checkpoint's own where it is left out")
+    add("--flow-shift", type=float, help="shift of the noise schedule")
+    add("--backend", help="must be the one that the bundle was built for")
+    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
+    add("--threads", type=int, help="threads per engine; all cores where it is left out")
+    add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
+    add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
+    add("--save-latents", metavar="FILE", help="keep what was sampled (.npz); without --output, stop there")
+    add("--from-latents", metavar="FILE", help="decode what --save-latents kept, instead of a prompt")
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "Check a bundle and tell what is in it."
+    add = _command(commands, "inspect", run_inspect, text, INSPECT_EXAMPLE).add_argument
+    add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """`build-engines`."""
+    from t2v_rt.build import build_engines
+    from t2v_rt.progress import Bars
+
+    with Bars() as bars:
+        bundle = build_engines(
+            options.checkpoint,
+            options.output,
+            backend=options.backend,
+            precision=options.precision,
+            height=options.height,
+            width=options.width,
+            num_frames=options.num_frames,
+            force=options.force,
+            progress=lambda step, done, total: bars.update("build", done, total, detail=step),
+        )
+    manifest = bundle.manifest
+    weights = sum(spec.weights_bytes for spec in manifest.components.values())
+    report = {
+        "output": str(bundle.folder),
+        "bundle_id": manifest.bundle_id,
+        "backend": manifest.backend,
+        "precision": manifest.precision,
+        "weights_bytes": weights,
+    }
+    lines = [f"bundle   {bundle.folder} ({manifest.bundle_id})", f"engines  {manifest.backend}, {manifest.precision}"]
+    show(options, report, [*lines, f"weights  {weights / 1e6:.1f} MB"])
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """`generate`."""
+    from t2v_rt.generate import generate
+    from t2v_rt.progress import Bars
+
+    with Bars() as bars:
+        report = generate(options, bars.update)
+    seconds = report["stage_seconds"]
+    lines = [
+        f"output   {report['output']}",
+        f"seed     {report['seed']}",
+        "seconds  " + "  ".join(f"{stage} {value:.2f}" for stage, value in seconds.items()),
+        f"memory   {report['peak_rss_bytes'] / 1e6:.0f} MB at most",
+    ]
+    show(options, report, lines)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """`inspect`."""
+    from t2v_rt.inspect import describe, inspect_bundle
+
+    report = inspect_bundle(options.bundle)
+    show(options, report, describe(report))
+
+
+def show(options: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> None:
+    """Prints a result: one JSON object, or lines for a person."""
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print("\n".join(lines))

@@ -1,0 +1,178 @@
+"""The generate command: a request from options, frames straight into the file, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines import platform
+from t2v_rt.errors import RequestError
+from t2v_rt.runtime import wan
+from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
+from t2v_rt.runtime.pipeline import FrameStream, TextToVideoPipeline
+from t2v_rt.runtime.schedulers import get_scheduler, shift_name
+from t2v_rt.runtime.video import check_output, contact_sheet, encode_png, open_writer
+
+Frame = NDArray[np.uint8]
+Progress = Callable[[str, int, int], None]
+SHEET_COLUMNS = 6
+
+
+def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Runs one `generate` command.
+
+    Args:
+        options: as the command line parsed them.
+        progress: called as `f(stage, done, total)`.
+
+    Returns:
+        The report: output, seed, settings, hash of the frames, stage times, peak memory.
+
+    Raises:
+        T2VError: whatever is wrong with the request, the bundle or the output.
+    """
+    _check_options(options)
+    pipe = TextToVideoPipeline.from_pretrained(
+        options.engines, options.backend, options.vram_budget, provider=options.provider, threads=options.threads
+    )
+    _set_scheduler(pipe, options)
+    if options.from_latents is None:
+        stream = _start(pipe, options, progress)
+        settings, frames = stream.settings, iter(stream)
+        if options.output is None:
+            report = _sample_only(pipe, options, stream)
+            return report
+    else:
+        latents, settings = _read_latents(pipe, options.from_latents)
+        stream = None
+        frames = _decoded(pipe, latents, progress)
+    fps = options.fps or pipe.manifest.defaults.fps
+    metadata = {**settings, "fps": fps, "bundle_id": pipe.manifest.bundle_id}
+    digest, seconds = _write(options, frames, fps, settings, metadata)
+    stages = dict(stream.stage_seconds) if stream else {"encode": 0.0, "denoise": 0.0, "decode": seconds["decode"]}
+    if options.save_latents and stream is not None and stream.latents is not None:
+        save_latents(options.save_latents, stream.latents, settings)
+    return {
+        "output": str(options.output),
+        "frames_sha256": digest,
+        **metadata,
+        "stage_seconds": {**stages, "write": seconds["write"]},
+        "step_calls": list(stream.step_calls) if stream else [],
+        "peak_rss_bytes": platform.peak_rss_bytes(),
+    }
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """What can be refused before the bundle is opened."""
+    if (options.prompt is None) == (options.from_latents is None):
+        raise RequestError("give either a PROMPT or --from-latents FILE")
+    if options.output is None and options.save_latents is None:
+        raise RequestError("give --output FILE, or --save-latents FILE to stop after sampling")
+    if options.from_latents is not None and options.save_latents is not None:
+        raise RequestError("--save-latents and --from-latents exclude each other")
+    if options.fps is not None and not 0 < options.fps <= 1000:
+        raise RequestError(f"--fps is {options.fps}; expected more than 0 and at most 1000")
+    if options.output is not None:
+        check_output(options.output)
+    if options.save_latents is not None:
+        check_latents_path(options.save_latents)
+    if options.contact_sheet is not None:
+        platform.check_writable_parent(Path(options.contact_sheet))
+
+
+def _set_scheduler(pipe: TextToVideoPipeline, options: argparse.Namespace) -> None:
+    config = pipe.manifest.scheduler
+    name = options.scheduler or str(config["_class_name"])
+    overrides: dict[str, Any] = {}
+    if options.flow_shift is not None:
+        key = shift_name(type(get_scheduler(name, config)))
+        if key is None:
+            raise RequestError(f"scheduler {name} has no flow shift; leave --flow-shift out")
+        overrides[key] = options.flow_shift
+    pipe.scheduler = get_scheduler(name, config, **overrides)
+
+
+def _start(pipe: TextToVideoPipeline, options: argparse.Namespace, progress: Progress) -> FrameStream:
+    return pipe.stream(
+        options.prompt,
+        negative_prompt=options.negative_prompt,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+        output_type="uint8",
+        progress=progress,
+    )
+
+
+def _sample_only(pipe: TextToVideoPipeline, options: argparse.Namespace, stream: FrameStream) -> dict[str, Any]:
+    latents = stream.sample()
+    save_latents(options.save_latents, latents, stream.settings)
+    return {
+        "output": str(options.save_latents),
+        **stream.settings,
+        "bundle_id": pipe.manifest.bundle_id,
+        "stage_seconds": dict(stream.stage_seconds),
+        "step_calls": list(stream.step_calls),
+        "peak_rss_bytes": platform.peak_rss_bytes(),
+    }
+
+
+def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    latents, settings = load_latents(path)
+    model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
+    if not known or latents.shape != wan.latent_shape(
+        model, 1, settings["height"], settings["width"], settings["num_frames"]
+    ):
+        raise RequestError(f"{path}: latents of shape {list(latents.shape)} are not this model's; use its own bundle")
+    return latents.astype(np.float32, copy=False), settings
+
+
+def _decoded(pipe: TextToVideoPipeline, latents: NDArray[np.float32], progress: Progress) -> Iterator[Frame]:
+    for chunk in pipe.decode(latents, progress):
+        yield from wan.to_uint8(chunk)
+
+
+def _write(
+    options: argparse.Namespace,
+    frames: Iterator[Frame],
+    fps: float,
+    settings: dict[str, Any],
+    metadata: dict[str, Any],
+) -> tuple[str, dict[str, float]]:
+    """Frames into the file as they come; returns their hash and the seconds spent on making and on writing them."""
+    digest, seconds = hashlib.sha256(), {"decode": 0.0, "write": 0.0}
+    sheet: list[Frame] = []
+    writer = open_writer(
+        options.output,
+        fps=fps,
+        width=settings["width"],
+        height=settings["height"],
+        num_frames=settings["num_frames"],
+        metadata=metadata,
+    )
+    with writer:
+        while True:
+            start = time.perf_counter()
+            frame = next(frames, None)
+            made = time.perf_counter()
+            seconds["decode"] += made - start
+            if frame is None:
+                break
+            digest.update(frame.tobytes())
+            if options.contact_sheet is not None:
+                sheet.append(frame)
+            writer.write(frame)
+            seconds["write"] += time.perf_counter() - made
+    if sheet:
+        Path(options.contact_sheet).write_bytes(encode_png(contact_sheet(np.stack(sheet), SHEET_COLUMNS)))
+    return digest.hexdigest(), seconds
