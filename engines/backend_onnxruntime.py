@@ -160,4 +160,6 @@ class OnnxRuntimeBackend:
         try:
             return ort.InferenceSession(str(path), options, providers=[(name, settings)])
         except Exception as exc:  # as above
-            raise EngineError(f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}") from exc
+            raise EngineError(
+                f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"
+            ) from exc

@@ -1,1 +1,1 @@
-"""From torch modules to ONNX graphs; the only package that imports torch."""
+"""From a checkpoint in diffusers layout to ONNX graphs and their weights."""

@@ -36,20 +36,21 @@ def option(
     value = config.get(key, default)
     if value is None and nullable:
         return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         value = float(value)
-    wrong = not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1))
-    if wrong:
+    if not isinstance(value, kind) or (kind is int and not _is_size(value)):
         raise CheckpointError(
             f"{component}/config.json: {key} is {value!r}; expected a {kind.__name__}"
             + (" of 1 or more" if kind is int else "")
         )
-    return kind(value)  # type: ignore[call-arg]
+    return value
 
 
-def require(
-    config: Mapping[str, Any], component: str, key: str, expected: object, default: object = "nothing"
-) -> None:
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def require(config: Mapping[str, Any], component: str, key: str, expected: object, default: object = "nothing") -> None:
     """Refuses a config whose `key` is not `expected`; `default` is what a missing key means."""
     found = config.get(key, default)
     if found != expected:

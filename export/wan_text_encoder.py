@@ -93,9 +93,7 @@ def _self_attention(g: GraphWriter, config: TextEncoderConfig, name: str, x: str
     normed = g.half(_norm(g, config, f"{name}.layer_norm", x))
     attention = f"{name}.SelfAttention"
     query, key, value = (g.linear(normed, f"{attention}.{part}", config.dim, inner, bias=False) for part in "qkv")
-    table = g.weight(
-        f"{attention}.relative_attention_bias.weight", (config.buckets, config.heads), half=False
-    )
+    table = g.weight(f"{attention}.relative_attention_bias.weight", (config.buckets, config.heads), half=False)
     bias = g.op("Unsqueeze", g.transpose(g.op("Gather", table, buckets), [2, 0, 1]), g.const([0]))
     attended = g.op(
         "Attention", query, key, value, g.half(bias), q_num_heads=config.heads, kv_num_heads=config.heads, scale=1.0

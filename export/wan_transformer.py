@@ -281,7 +281,9 @@ def _normed_projection(
     reorder = halves_first(config)
     kernel = g.weight(f"{name}.weight", (dim, dim), lambda rows: reorder(rows).T)
     y = g.full(g.add(g.op("MatMul", x, kernel), g.weight(f"{name}.bias", (dim,), reorder)))
-    y = g.op("RMSNormalization", y, g.weight(f"{norm}.weight", (dim,), reorder, half=False), axis=-1, epsilon=config.eps)
+    y = g.op(
+        "RMSNormalization", y, g.weight(f"{norm}.weight", (dim,), reorder, half=False), axis=-1, epsilon=config.eps
+    )
     heads = g.reshape(y, [0, 0, config.heads, config.head_dim])
     first, second = g.ops("Split", 2, heads, axis=3, num_outputs=2)
     cos, sin = rotary

@@ -231,9 +231,7 @@ class VaeDecoderGraph:
         size = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
         label = name.removeprefix("decoder.")
         tensor = TensorSpec(label, self.g.compute_dtype, (1, width, CACHE_FRAMES, *size))
-        state = StateSpec(
-            None if self.first else f"{label}.before", f"{label}.after" if written else None, tensor
-        )
+        state = StateSpec(None if self.first else f"{label}.before", f"{label}.after" if written else None, tensor)
         self.states.append(state)
         return state
 

@@ -1,6 +1,6 @@
-"""Euler's method on a flow-matching model (Lipman et al., arXiv:2210.02747; schedule of Esser et al., arXiv:2403.03206).
+"""Euler's method on a flow-matching model (Lipman et al., arXiv:2210.02747; Esser et al., arXiv:2403.03206).
 
-The model predicts the velocity v = noise - x0; the sample moves along it from sigma to the next: x += (sigma' - sigma) v.
+The model predicts the velocity v = noise - x0; the sample moves along it to the next sigma: x += (sigma' - sigma) v.
 """
 
 from __future__ import annotations
@@ -123,17 +123,17 @@ class FlowMatchEulerDiscreteScheduler(Scheduler[FlowMatchEulerConfig]):
             ends = shift_sigmas(ends, self.config.shift).astype(np.float32)
         return float(ends[0]) * n, float(ends[1]) * n
 
-    def _advance(
-        self, model_output: Float32, sample: Float32, generator: Generator | None, eta: float
-    ) -> Float32:
+    def _advance(self, model_output: Float32, sample: Float32, generator: Generator | None, eta: float) -> Float32:
         sigma, following = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
         if self.config.stochastic_sampling:
             if generator is None:
                 raise RequestError("stochastic_sampling needs a generator")
             x0 = sample - sigma * model_output
             noise: Float32 = generator.randn(sample.shape)
-            return (np.float32(1.0) - following) * x0 + following * noise
-        return sample + (following - sigma) * model_output
+            stochastic: Float32 = (np.float32(1.0) - following) * x0 + following * noise
+            return stochastic
+        result: Float32 = sample + (following - sigma) * model_output
+        return result
 
     def add_noise(self, original_samples: Array, noise: Array, timesteps: Array) -> Array:
         """Samples noised to timesteps of the schedule; see `add_flow_noise`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -165,9 +165,7 @@ class Scheduler(Generic[C]):
         if self._step_index >= len(self.timesteps):
             done = "set_timesteps has not been called" if not len(self.timesteps) else "all steps are made already"
             raise RequestError(f"{type(self).__name__}.step: {done}; call set_timesteps first")
-        result = self._advance(
-            np.asarray(model_output, np.float32), np.asarray(sample, np.float32), generator, eta
-        )
+        result = self._advance(np.asarray(model_output, np.float32), np.asarray(sample, np.float32), generator, eta)
         self._step_index += 1
         return SchedulerOutput(result.astype(np.asarray(sample).dtype, copy=False))
 
@@ -181,21 +179,16 @@ class Scheduler(Generic[C]):
         raise NotImplementedError  # each sampler has its own
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items() if v != _default(self.config, k))})"
-
-
-def _default(config: SchedulerConfig, name: str) -> Any:
-    item = next(item for item in fields(config) if item.name == name)
-    return None if item.default is MISSING else item.default
+        defaults = self.Config()
+        changed = ", ".join(f"{key}={value!r}" for key, value in self.config.items() if value != defaults[key])
+        return f"{type(self).__name__}({changed})"
 
 
 def check_steps(num_inference_steps: int | None) -> int:
     """Returns the number of steps; raises RequestError where it is none, or not an integer of 1 or more."""
     valid = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
     if not valid or not 1 <= int(num_inference_steps or 0) <= MAX_STEPS:
-        raise RequestError(
-            f"num_inference_steps is {num_inference_steps!r}; expected an integer from 1 to {MAX_STEPS}"
-        )
+        raise RequestError(f"num_inference_steps is {num_inference_steps!r}; expected an integer from 1 to {MAX_STEPS}")
     return int(num_inference_steps or 0)
 
 

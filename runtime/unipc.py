@@ -1,7 +1,7 @@
 """UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (Zhao et al., arXiv:2302.04867).
 
-Letters as in the paper: lambda is the half log signal-to-noise ratio, h its step, r_k the ratios to earlier steps, m_i the
-data predictions, D_k their differences over r_k, B(h) the method's free function (bh1: h, bh2: e^h - 1), rho the weights.
+Letters as in the paper: lambda is the half log signal-to-noise ratio, h its step, r_k the ratios to earlier steps, m_i
+the data predictions, D_k their differences over r_k, B(h) the free function (bh1: h, bh2: e^h - 1), rho the weights.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ class UniPCMultistepScheduler(Scheduler[UniPCConfig]):
         self.num_inference_steps = len(flow)
         self._reset()
 
-    def _advance(
-        self, model_output: Float32, sample: Float32, generator: Generator | None, eta: float
-    ) -> Float32:
+    def _advance(self, model_output: Float32, sample: Float32, generator: Generator | None, eta: float) -> Float32:
         i, config = self._step_index, self.config
         m_t = sample - self.sigmas[i] * model_output
         if self._last_sample is not None and i - 1 not in config.disable_corrector:

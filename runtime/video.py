@@ -224,9 +224,7 @@ class ContainerWriter(VideoWriter):
         import av
 
         codec, pixels, options = CODECS[self.suffix]
-        self._container = av.open(
-            str(self._temporary), "w", format=self.suffix[1:], options=CONTAINERS[self.suffix]
-        )
+        self._container = av.open(str(self._temporary), "w", format=self.suffix[1:], options=CONTAINERS[self.suffix])
         if self.suffix not in SIDECAR:
             self._container.metadata["comment"] = self._metadata
         stream: VideoStream = self._container.add_stream(codec, rate=self.fps, options=options)  # type: ignore[assignment]
@@ -264,7 +262,9 @@ def _palette_graph(width: int, height: int, time_base: Fraction) -> Graph:
     import av
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base)
+    source = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat("rgb24", width, height), time_base=time_base
+    )
     split, generate = graph.add("split"), graph.add("palettegen", "stats_mode=single")
     use, sink = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=5"), graph.add("buffersink")
     source.link_to(split)

@@ -54,7 +54,7 @@ def latent_shape(model: ModelSpec, batch: int, height: int, width: int, num_fram
 def relative_buckets(length: int, buckets: int, max_distance: int) -> NDArray[np.int64]:
     """Bucket of each (query, key) pair of positions for the encoder's relative-position bias.
 
-    Exact up to a quarter of the buckets, then logarithmic up to `max_distance`; keys after the query use the upper half.
+    Exact up to a quarter of the buckets, then logarithmic up to `max_distance`; later keys use the upper half.
     Source: T5 (arXiv:1910.10683), transformers `UMT5Attention._relative_position_bucket`.
 
     Args:
@@ -133,4 +133,5 @@ def to_unit_range(frames: Array) -> Array:
 
 def to_uint8(frames: Array) -> NDArray[np.uint8]:
     """Frames in [0, 1] -> 0..255, rounded to nearest as diffusers' `numpy_to_pil`."""
-    return np.rint(frames * np.float32(255.0)).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(frames * np.float32(255.0)).astype(np.uint8)
+    return levels

@@ -64,7 +64,7 @@ def build_engines(
         from t2v_rt.export.checkpoint import open_checkpoint
         from t2v_rt.export.graph import COMPUTE_DTYPES, Precision
     except ImportError as exc:
-        raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[export]") from exc
+        raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
     if precision not in COMPUTE_DTYPES:
         raise RequestError(f"precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
     chosen = next(name for name in get_args(Precision) if name == precision)

@@ -16,7 +16,8 @@ from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
-from t2v_rt.runtime.pipeline import FrameStream, TextToVideoPipeline
+from t2v_rt.runtime.pipeline import TextToVideoPipeline
+from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, shift_name
 from t2v_rt.runtime.video import check_output, contact_sheet, encode_png, open_writer
 
@@ -47,8 +48,7 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         stream = _start(pipe, options, progress)
         settings, frames = stream.settings, iter(stream)
         if options.output is None:
-            report = _sample_only(pipe, options, stream)
-            return report
+            return _sample_only(pipe, options, stream)
     else:
         latents, settings = _read_latents(pipe, options.from_latents)
         stream = None

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = "a the red green blue ball square cat dog runs jumps over on under lazy quick brown fox 红 绿 蓝 球 猫 狗 在 上 跳".split()
+ENGLISH = ("a the red green blue ball square cat dog runs jumps over on under lazy quick brown fox").split()
+WORDS = [*ENGLISH, *"红绿蓝球猫狗在上跳"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,12 @@ class TinyWan:
 
 TINY = (
     TinyWan("narrow"),
-    TinyWan("one-head", layers=1, heads=1, head_dim=24, cross_attn_norm=False, z_dim=16, vae_dim=4, text_heads=3, seed=1),
-    TinyWan("deep", layers=3, heads=3, head_dim=12, res_blocks=2, dim_mult=(1, 2, 4, 4), text_dim=40, text_layers=3, seed=2),
+    TinyWan(
+        "one-head", layers=1, heads=1, head_dim=24, cross_attn_norm=False, z_dim=16, vae_dim=4, text_heads=3, seed=1
+    ),
+    TinyWan(
+        "deep", layers=3, heads=3, head_dim=12, res_blocks=2, dim_mult=(1, 2, 4, 4), text_dim=40, text_layers=3, seed=2
+    ),
 )
 
 
@@ -137,7 +142,9 @@ def _fill(name: str, parameter: torch.nn.Parameter) -> None:
         parameter.copy_(2.5 + 0.1 * noise)
     elif parameter.ndim >= 2 and "scale_shift_table" not in name:
         fan_in = parameter[0].numel()
-        gain = 1.0 if any(key in name for key in ("shared", "embed_tokens", "relative_attention_bias")) else fan_in**-0.5
+        gain = (
+            1.0 if any(key in name for key in ("shared", "embed_tokens", "relative_attention_bias")) else fan_in**-0.5
+        )
         gain *= 3.0 if "attn2.to_out" in name else 0.3 if name.startswith("proj_out") else 1.0
         parameter.copy_(noise * gain)
     elif "norm" in name or "gamma" in name:

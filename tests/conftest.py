@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from t2v_rt import TextToVideoPipeline, build_engines
 
 if TYPE_CHECKING:

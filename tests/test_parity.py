@@ -10,10 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler as ReferenceEuler
 from diffusers import UniPCMultistepScheduler as ReferenceUniPC
 from numpy.typing import NDArray
+
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
 from tests.conftest import Tiny
 
 NETWORK_TOLERANCE = 1e-4  # relative to the largest value; float32 sums in another order, measured 1e-6
@@ -44,7 +44,7 @@ def test_token_ids_are_equal(tiny: Tiny, ours: TextToVideoPipeline, prompt: str)
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     expected = tiny.reference.tokenizer([prompt_clean(prompt)], max_length=512, truncation=True).input_ids[0]
-    assert ours._encoder._tokenizer.encode(prompt).tolist() == expected
+    assert ours.stages.tokenizer.encode(prompt).tolist() == expected
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -55,9 +55,7 @@ def test_prompt_embeddings_match(tiny: Tiny, ours: TextToVideoPipeline, prompt: 
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 4, 4), (3, 4, 6), (2, 8, 2)])
-def test_denoiser_call_matches(
-    tiny: Tiny, ours: TextToVideoPipeline, frames: int, height: int, width: int
-) -> None:
+def test_denoiser_call_matches(tiny: Tiny, ours: TextToVideoPipeline, frames: int, height: int, width: int) -> None:
     rng = np.random.default_rng(frames)
     model = ours.manifest.model
     latents = rng.standard_normal((2, model.latent_channels, frames, height, width)).astype(np.float32)
@@ -70,7 +68,7 @@ def test_denoiser_call_matches(
             torch.from_numpy(latents), torch.from_numpy(timestep), torch.from_numpy(embeds), return_dict=False
         )[0].numpy()
     context = wan.text_context(embeds)
-    found = ours._component("transformer")["model"].infer(
+    found = ours.stages.component("transformer")["model"].infer(
         {
             "hidden_states": latents,
             "timestep": timestep,

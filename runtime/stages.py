@@ -1,0 +1,105 @@
+"""A bundle's components at work: loaded when a stage needs them, released when the budget says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines.backends import Backend
+from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.contract import Component
+from t2v_rt.runtime import wan
+from t2v_rt.runtime.encoder import PromptEncoder, check_finite
+from t2v_rt.runtime.prompt import PromptTokenizer
+
+Array = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+
+
+class Stages:
+    """The components of an opened bundle; safe to share between threads.
+
+    Args:
+        bundle: the opened bundle.
+        backend: loads its engines.
+        budget: bytes the engines may take together; where their weights take more, each is released after its stage.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, budget: int | None = None) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._backend = backend
+        self._components: dict[str, Component] = {}
+        self._lock = threading.Lock()
+        weights = sum(spec.weights_bytes for spec in self.manifest.components.values())
+        self._keep = budget is None or weights <= budget
+        model = self.manifest.model
+        self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
+        self._encoder = PromptEncoder(model, self.tokenizer, lambda: self.component("text_encoder"))
+
+    def encode_prompt(self, texts: Sequence[str]) -> Array:
+        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
+        try:
+            return self._encoder.encode(texts)
+        finally:
+            if not self._keep:
+                self.release("text_encoder")
+
+    def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
+        """Decodes one video's latents, one latent frame at a time.
+
+        Args:
+            latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
+            progress: called as `f("decode", done, total)`.
+
+        Returns:
+            An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
+
+        Raises:
+            EngineError: the VAE failed or gave values that are not finite.
+        """
+        model = self.manifest.model
+        _, _, count, height, width = latents.shape
+        with self.stage("vae_decoder") as vae:
+            state = vae.new_state(height=height, width=width)
+            for i in range(count):
+                chunk = wan.denormalize(model, latents[:, :, i : i + 1])
+                engine = vae["first" if i == 0 else "next"]
+                frames = engine.infer({"latents": np.ascontiguousarray(chunk)}, state)["frames"]
+                check_finite(frames, "decode", "the VAE decoder")
+                if progress is not None:
+                    progress("decode", i + 1, count)
+                yield wan.to_unit_range(frames)
+
+    def component(self, name: str) -> Component:
+        """A component's engines, loaded at the first use."""
+        with self._lock:
+            if name not in self._components:
+                spec = self.manifest.components[name]
+                self._components[name] = self._backend.load(self.bundle.folder, name, spec)
+            return self._components[name]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Component]:
+        """A component for one stage; released afterwards, also after an error, where not all fit the budget."""
+        try:
+            yield self.component(name)
+        finally:
+            if not self._keep:
+                self.release(name)
+
+    def release(self, name: str) -> None:
+        """Closes a component's engines; the next use loads them again."""
+        with self._lock:
+            component = self._components.pop(name, None)
+        if component is not None:
+            component.close()
+
+    def close(self) -> None:
+        """Releases all engines; a later call loads them again."""
+        for name in list(self._components):
+            self.release(name)
