@@ -3,62 +3,126 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import secrets
 import shutil
+import stat
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from t2v_rt.errors import RequestError
 
-RENAME_TRIES = 10  # on Windows a virus scanner or an indexer may hold a new file for a moment
-RENAME_PAUSE = 0.05  # seconds before the first retry, growing with each
+logger = logging.getLogger(__name__)
+TRIES = 10  # on Windows a virus scanner or an indexer may hold a new file for a moment
+PAUSE = 0.05  # seconds before the first retry, growing with each: 2.3 in all
+NAME_KEPT = 40  # characters of a name that its temporary sibling repeats; names end at 255 bytes
 
 
 def temporary_sibling(path: Path) -> Path:
     """A hidden name beside `path` that nothing else uses; nothing is created."""
-    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    return path.parent / f".{path.name[:NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def replace_file(temporary: Path, target: Path) -> None:
-    """Puts a finished file in its place in one step, over an older one."""
+    """Puts a finished file in its place in one step, over an older one.
+
+    Args:
+        temporary: the finished file, on the same disk.
+        target: its final name.
+
+    Raises:
+        OSError: the system refuses, also after short retries; the older file is then untouched.
+    """
     _retry_rename(temporary, target)
 
 
 def replace_directory(temporary: Path, target: Path) -> None:
-    """Puts a finished folder in its place; an older one is moved aside first and put back if that fails."""
-    if not target.exists():
-        _retry_rename(temporary, target)
-        return
-    aside = temporary_sibling(target)
-    _retry_rename(target, aside)
+    """Puts a finished folder in its place; an older one is moved aside first and put back if that fails.
+
+    Args:
+        temporary: the finished folder, on the same disk.
+        target: its final name.
+
+    Raises:
+        OSError: the system refuses, also after short retries; both folders are then where they were.
+    """
+    replace_together([(temporary, target)])
+
+
+def replace_together(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Puts finished files or folders in their places, all of them or none.
+
+    Args:
+        pairs: (temporary, target) of each, in order.
+
+    Raises:
+        OSError: the system refuses, also after short retries; everything is then where it was.
+    """
+    moves: list[tuple[Path, Path]] = []  # (from, to), noted before each so that an interruption can be undone too
+    asides = [temporary_sibling(target) for _, target in pairs]
     try:
-        _retry_rename(temporary, target)
+        for (temporary, target), aside in zip(pairs, asides, strict=True):
+            if os.path.lexists(target):
+                moves.append((target, aside))
+                _retry_rename(target, aside)
+            moves.append((temporary, target))
+            _retry_rename(temporary, target)
     except BaseException:
-        _retry_rename(aside, target)
+        for source, moved in reversed(moves):
+            if os.path.lexists(moved) and not os.path.lexists(source):
+                _retry_rename(moved, source)
         raise
-    remove_tree(aside)
+    for aside in asides:
+        remove_tree(aside)
 
 
 def _retry_rename(source: Path, target: Path) -> None:
-    for attempt in range(RENAME_TRIES):
+    for attempt in range(TRIES):
         try:
             source.replace(target)
             return
         except PermissionError:
-            if attempt == RENAME_TRIES - 1:
+            if attempt == TRIES - 1:
                 raise
-            time.sleep(RENAME_PAUSE * (attempt + 1))
+            time.sleep(PAUSE * (attempt + 1))
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a file or a folder with all it holds; nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Removes a file, or a folder with all it holds; nothing happens where there is none.
+
+    It never raises, as it cleans up after other errors: what cannot be removed is logged.
+
+    Args:
+        path: a link is removed itself, never what it points to.
+    """
+    for attempt in range(TRIES):
+        if not os.path.lexists(path):
+            return
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            return
+        except OSError as exc:
+            if attempt == TRIES - 1:
+                logger.warning("%s could not be removed: %s", path, exc)
+                return
+            _make_removable(path)
+            time.sleep(PAUSE * attempt)
+
+
+def _make_removable(path: Path) -> None:
+    """Windows keeps files that are marked read-only, Linux what lies in folders that are."""
+    for item in (path, *path.rglob("*")):
+        with suppress(OSError):
+            if not item.is_symlink():
+                item.chmod(stat.S_IRWXU)
 
 
 def check_writable_parent(path: Path) -> None:
@@ -66,18 +130,30 @@ def check_writable_parent(path: Path) -> None:
 
     A file is really created and removed: permission bits do not tell for an administrator or on a read-only disk.
 
+    Args:
+        path: of what is to be written; it need not exist.
+
     Raises:
-        RequestError: the folder is missing, is a file, or cannot be written.
+        RequestError: the folder is missing, is a file, or cannot be written, or the name itself is impossible.
     """
     parent = path.absolute().parent
-    if not parent.is_dir():
-        raise RequestError(f"{path}: the folder {parent} does not exist; create it first")
-    probe = temporary_sibling(parent / "probe")
     try:
-        probe.touch()
-        probe.unlink()
+        if not parent.is_dir():
+            reason = " (a file has that name)" if parent.exists() else ""
+            raise RequestError(f"{path}: the folder {parent} does not exist{reason}; create it first")
+        probe = temporary_sibling(parent / "probe")
+        try:
+            probe.touch(exist_ok=False)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as exc:
         raise RequestError(f"{path}: the folder {parent} is not writable ({exc.strerror}); choose another") from exc
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as exc:  # a name that is too long, or has characters that no name may have
+        raise RequestError(f"{str(path)!r} cannot be the name of a file ({exc}); choose another") from exc
 
 
 def cache_dir() -> Path:
@@ -88,14 +164,17 @@ def cache_dir() -> Path:
     elif sys.platform == "darwin":
         root = Path.home() / "Library" / "Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME")
-        root = Path(base) if base else Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        root = Path(base) if base.startswith("/") else Path.home() / ".cache"  # the standard: ignored where relative
     return root / "t2v-rt"
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Free bytes on the disk of a folder."""
-    return shutil.disk_usage(path).free
+    """Free bytes on the disk of a file or folder, or of the nearest folder above it that exists already."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def peak_rss_bytes() -> int:
@@ -114,28 +193,57 @@ def peak_rss_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping, in bytes; a container's limit counts where it is lower."""
+    """Memory that can be had without swapping, in bytes; a container's limit counts where it is lower.
+
+    macOS has no such reading, for it shrinks other programs on demand: there it is all the memory of the machine.
+    """
     if sys.platform == "win32":
         return _windows_available()
     if sys.platform == "darwin":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line
-    )
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit = _cgroup_headroom()
-    return available if limit is None else min(available, limit)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    room = _cgroup_room(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return available if room is None else min(available, room)
 
 
-def _cgroup_headroom() -> int | None:
-    """Bytes this process's memory control group still allows, or None where there is no limit."""
-    group = Path("/sys/fs/cgroup")
+def _cgroup_room(root: Path, own: Path) -> int | None:
+    """Bytes that this process's memory control groups (version 1 or 2) still allow, or None without a limit.
+
+    Args:
+        root: where the groups are mounted.
+        own: the file that names this process's groups.
+    """
     try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = (group / "memory.current").read_text(encoding="ascii").strip()
+        lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    rooms: list[int] = []
+    for _, controllers, name in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            base, files = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # A container may see its own group mounted at the root, so the root counts as well as every group below it.
+        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
+        found = (_group_room(base.joinpath(*parts[:depth]), *files) for depth in range(len(parts) + 1))
+        rooms += [room for room in found if room is not None]
+    return min(rooms, default=None)
+
+
+def _group_room(group: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
+    try:
+        limit = (group / limit_name).read_text(encoding="ascii").strip()
+        if limit == "max":
+            return None
+        used = int((group / used_name).read_text(encoding="ascii"))
+        counters = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        # file pages that were not touched lately count as used, yet they are given up on demand
+        return max(0, int(limit) - used + int(counters.get(cache_name, 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def _windows_memory() -> dict[str, int]:
@@ -151,7 +259,8 @@ def _windows_memory() -> dict[str, int]:
     counters = Counters(cb=ctypes.sizeof(Counters))
     windll: Any = getattr(ctypes, "windll")  # noqa: B009  absent from the type stubs of other systems
     process = ctypes.c_void_p(windll.kernel32.GetCurrentProcess())
-    windll.psapi.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
+    if not windll.psapi.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb):
+        raise OSError("GetProcessMemoryInfo failed")
     return {name: int(getattr(counters, name)) for name in ("PeakWorkingSetSize", "WorkingSetSize")}
 
 
@@ -165,5 +274,6 @@ def _windows_available() -> int:
 
     status = Status(dwLength=ctypes.sizeof(Status))
     windll: Any = getattr(ctypes, "windll")  # noqa: B009  as above
-    windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+    if not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise OSError("GlobalMemoryStatusEx failed")
     return int(status.available)

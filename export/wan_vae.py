@@ -8,7 +8,11 @@ frames, kept from one latent frame to the next. Here these caches are engine sta
 - `next` makes `temporal_factor` frames of a later latent frame, reading and rewriting the caches. A frame further
   back than the video's start is zero in the cache, as in the reference's padding.
 
-Both read the same weight file.
+Frames are the batch axis (T, C, H, W), and a kernel over three frames is a flat one over their channels side by side:
+two-dimensional convolutions are what every backend does fastest. On ONNX Runtime's CPU they also sum in one order
+whatever the number of threads, which three-dimensional ones do not on small images.
+
+Both graphs read the same weight file.
 """
 
 from __future__ import annotations
@@ -106,38 +110,38 @@ class VaeDecoderGraph:
         """Writes the graph; returns the states it reads and writes, in graph order."""
         g, config = self.g, self.config
         z, widths = config.z_dim, config.widths
-        latents = g.input(TensorSpec("latents", "float32", (1, z, 1, "height", "width")))
+        latents = g.input(TensorSpec("latents", "float32", (1, z, "height", "width")))
         x = self._pointwise(g.half(latents), "post_quant_conv", z, z)
-        x = self._causal_conv(x, "decoder.conv_in", z, widths[0], scale=1)
+        x = self._causal_conv(x, "decoder.conv_in", z, widths[0], 1, 1)
         x = self._mid_block(x, widths[0])
         scale, frames, width = 1, 1, widths[0]
         for level, out_width in enumerate(widths[1:]):
             name = f"decoder.up_blocks.{level}"
             for block in range(config.res_blocks + 1):
-                x = self._res_block(x, f"{name}.resnets.{block}", width, out_width, scale)
+                x = self._res_block(x, f"{name}.resnets.{block}", width, out_width, scale, frames)
                 width = out_width
             if level < len(config.dim_mult) - 1:
                 x, scale, frames, width = self._upsample(x, f"{name}.upsamplers.0", level, width, scale, frames)
         x = g.half(g.silu(self._rms_norm(x, "decoder.norm_out", width, 4)))
-        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale))
+        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale, frames))
         pixels = (f"{scale}*height", f"{scale}*width")
-        g.output(x, TensorSpec("frames", "float32", (1, config.out_channels, frames, *pixels)))
+        g.output(x, TensorSpec("frames", "float32", (frames, config.out_channels, *pixels)))
         return self.states
 
     # -- the blocks --------------------------------------------------------------------------------------------------
 
     def _mid_block(self, x: str, width: int) -> str:
-        x = self._res_block(x, "decoder.mid_block.resnets.0", width, width, 1)
+        x = self._res_block(x, "decoder.mid_block.resnets.0", width, width, 1, 1)
         x = self._frame_attention(x, "decoder.mid_block.attentions.0", width)
-        return self._res_block(x, "decoder.mid_block.resnets.1", width, width, 1)
+        return self._res_block(x, "decoder.mid_block.resnets.1", width, width, 1, 1)
 
-    def _res_block(self, x: str, name: str, n_in: int, n_out: int, scale: int) -> str:
+    def _res_block(self, x: str, name: str, n_in: int, n_out: int, scale: int, frames: int) -> str:
         g = self.g
         shortcut = x if n_in == n_out else self._pointwise(x, f"{name}.conv_shortcut", n_in, n_out)
         y = g.half(g.silu(self._rms_norm(x, f"{name}.norm1", n_in, 4)))
-        y = self._causal_conv(y, f"{name}.conv1", n_in, n_out, scale)
+        y = self._causal_conv(y, f"{name}.conv1", n_in, n_out, scale, frames)
         y = g.half(g.silu(self._rms_norm(y, f"{name}.norm2", n_out, 4)))
-        return g.add(self._causal_conv(y, f"{name}.conv2", n_out, n_out, scale), shortcut)
+        return g.add(self._causal_conv(y, f"{name}.conv2", n_out, n_out, scale, frames), shortcut)
 
     def _frame_attention(self, x: str, name: str, width: int) -> str:
         """Single-head attention among the pixels of the one frame there is at this depth."""
@@ -146,14 +150,14 @@ class VaeDecoderGraph:
         qkv = g.op(
             "Conv",
             normed,
-            g.weight(f"{name}.to_qkv.weight", (3 * width, width, 1, 1), _with_time_axis),
-            g.weight(f"{name}.to_qkv.bias", (3 * width,)),
+            g.weight(f"{name}.to_qkv.weight", (3 * width, width, 1, 1)),
+            self._bias(f"{name}.to_qkv", 3 * width),
         )
         tokens = g.transpose(g.reshape(qkv, [1, 3 * width, -1]), [0, 2, 1])
         attended = g.op("Attention", *g.ops("Split", 3, tokens, axis=2, num_outputs=3), q_num_heads=1, kv_num_heads=1)
         image = g.op("Reshape", g.transpose(attended, [0, 2, 1]), g.op("Shape", x))
-        weight = g.weight(f"{name}.proj.weight", (width, width, 1, 1), _with_time_axis)
-        return g.add(g.op("Conv", image, weight, g.weight(f"{name}.proj.bias", (width,))), x)
+        weight = g.weight(f"{name}.proj.weight", (width, width, 1, 1))
+        return g.add(g.op("Conv", image, weight, self._bias(f"{name}.proj", width)), x)
 
     def _upsample(
         self, x: str, name: str, level: int, width: int, scale: int, frames: int
@@ -170,23 +174,22 @@ class VaeDecoderGraph:
             "Resize",
             x,
             "",
-            g.const([1, 1, 1, 2, 2], np.float32),
+            g.const([1, 1, 2, 2], np.float32),
             mode="nearest",
             coordinate_transformation_mode="asymmetric",
             nearest_mode="floor",
         )
-        weight = g.weight(f"{name}.resample.1.weight", (width // 2, width, 3, 3), _with_time_axis)
-        bias = g.weight(f"{name}.resample.1.bias", (width // 2,))
-        return g.op("Conv", x, weight, bias, pads=[0, 1, 1, 0, 1, 1]), 2 * scale, frames, width // 2
+        weight = g.weight(f"{name}.resample.1.weight", (width // 2, width, 3, 3))
+        x = g.op("Conv", x, weight, self._bias(f"{name}.resample.1", width // 2), pads=[1, 1, 1, 1])
+        return x, 2 * scale, frames, width // 2
 
     def _double_time(self, x: str, name: str, width: int, scale: int, frames: int) -> str:
         """Each frame becomes two: the first and second half of the channels of a causal convolution."""
         g = self.g
-        cached = self._through_cache(x, name, width, scale)
-        y = g.op("Conv", cached, g.weight(f"{name}.weight", (2 * width, width, 3, 1, 1)), self._bias(name, 2 * width))
-        size = [g.dim(x, 3), g.dim(x, 4)]
-        y = g.transpose(g.reshape(y, [2, width, frames, *size]), [1, 2, 0, 3, 4])
-        return g.reshape(y, [1, width, 2 * frames, *size])
+        stacked = self._stacked(x, name, width, scale, frames)
+        weight = g.weight(f"{name}.weight", (2 * width, width, 3, 1, 1), _flat_in_time)
+        y = g.op("Conv", stacked, weight, self._bias(name, 2 * width))
+        return g.reshape(y, [2 * frames, width, g.dim(x, 2), g.dim(x, 3)])
 
     # -- the layers --------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class VaeDecoderGraph:
         return self.g.weight(f"{name}.bias", (width,))
 
     def _pointwise(self, x: str, name: str, n_in: int, n_out: int) -> str:
-        weight = self.g.weight(f"{name}.weight", (n_out, n_in, 1, 1, 1))
+        weight = self.g.weight(f"{name}.weight", (n_out, n_in, 1, 1, 1), _flat_in_time)
         return self.g.op("Conv", x, weight, self._bias(name, n_out))
 
     def _rms_norm(self, x: str, name: str, width: int, dims: int) -> str:
@@ -205,32 +208,34 @@ class VaeDecoderGraph:
         length = g.op("Max", g.op("ReduceL2", x, g.const([1])), g.scalar(NORM_FLOOR))
         return g.mul(g.op("Div", x, length), gamma)
 
-    def _causal_conv(self, x: str, name: str, n_in: int, n_out: int, scale: int) -> str:
+    def _causal_conv(self, x: str, name: str, n_in: int, n_out: int, scale: int, frames: int) -> str:
         """A 3x3x3 convolution over this chunk's frames and the two before them."""
         g = self.g
-        weight = g.weight(f"{name}.weight", (n_out, n_in, 3, 3, 3))
-        cached = self._through_cache(x, name, n_in, scale)
+        weight = g.weight(f"{name}.weight", (n_out, n_in, 3, 3, 3), _flat_in_time)
         if self.first:
-            weight = g.slice(weight, 2, 2, 3)
-            cached = x
-        return g.op("Conv", cached, weight, self._bias(name, n_out), pads=[0, 1, 1, 0, 1, 1])
+            weight = g.slice(weight, 1, 2 * n_in, 3 * n_in)
+        stacked = self._stacked(x, name, n_in, scale, frames)
+        return g.op("Conv", stacked, weight, self._bias(name, n_out), pads=[1, 1, 1, 1])
 
-    def _through_cache(self, x: str, name: str, width: int, scale: int) -> str:
-        """Puts the cached frames before x and keeps the last two of both as the new cache."""
+    def _stacked(self, x: str, name: str, width: int, scale: int, frames: int) -> str:
+        """Each frame with the two before it, side by side in the channels; the last two frames become the cache.
+
+        In the first graph both are zero: they are left out, and only the cache is written.
+        """
         g = self.g
         state = self._declare(name, width, scale, written=True)
         if self.first:
-            before = g.mul(x, g.const(0, g.numpy_compute))
-            g.output(g.concat([before, x], 2), _renamed(state.tensor, state.output))
+            zero = g.mul(x, g.const(0, g.numpy_compute))
+            g.output(g.concat([zero, x], 0), _renamed(state.tensor, state.output))
             return x
-        joined = g.concat([g.input(_renamed(state.tensor, state.input)), x], 2)
-        g.output(g.slice(joined, 2, -CACHE_FRAMES, 2**31), _renamed(state.tensor, state.output))
-        return joined
+        joined = g.concat([g.input(_renamed(state.tensor, state.input)), x], 0)
+        g.output(g.slice(joined, 0, frames, frames + CACHE_FRAMES), _renamed(state.tensor, state.output))
+        return g.concat([g.slice(joined, 0, tap, tap + frames) for tap in range(CACHE_FRAMES + 1)], 1)
 
     def _declare(self, name: str, width: int, scale: int, *, written: bool) -> StateSpec:
         size = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
         label = name.removeprefix("decoder.")
-        tensor = TensorSpec(label, self.g.compute_dtype, (1, width, CACHE_FRAMES, *size))
+        tensor = TensorSpec(label, self.g.compute_dtype, (CACHE_FRAMES, width, *size))
         state = StateSpec(None if self.first else f"{label}.before", f"{label}.after" if written else None, tensor)
         self.states.append(state)
         return state
@@ -240,11 +245,12 @@ def _renamed(tensor: TensorSpec, name: str | None) -> TensorSpec:
     return TensorSpec(name or tensor.name, tensor.dtype, tensor.shape)
 
 
-def _with_time_axis(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A 2-D kernel (O, I, h, w) as a 3-D one of a single frame."""
-    return weight[:, :, None]
+def _flat_in_time(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A kernel (O, I, T, h, w) over T frames as one (O, T * I, h, w) over their channels side by side."""
+    out, channels, frames, *size = weight.shape
+    return weight.transpose(0, 2, 1, 3, 4).reshape(out, frames * channels, *size)
 
 
 def _norm_scale(gamma: NDArray[np.float32]) -> NDArray[np.float32]:
-    """sqrt(width) * gamma as (width, 1, 1, 1)."""
-    return (gamma * np.float32(np.sqrt(gamma.size))).reshape(-1, 1, 1, 1)
+    """sqrt(width) * gamma as (width, 1, 1)."""
+    return (gamma * np.float32(np.sqrt(gamma.size))).reshape(-1, 1, 1)

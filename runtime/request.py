@@ -207,8 +207,10 @@ def _text(
         if array.shape[2] != dim or 0 in array.shape:
             raise RequestError(f"{name}_embeds has shape {list(array.shape)}; expected (videos, positions, {dim})")
         return (), array
-    items = () if text is None else (text,) if isinstance(text, str) else tuple(text)
-    if any(not isinstance(item, str) for item in items) or (text is not None and not items):
+    if text is None:
+        return (), None
+    items = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (list, tuple)) else ()
+    if not items or not all(isinstance(item, str) for item in items):
         raise RequestError(f"{name} is {text!r}; expected text or a list of texts")
     return items, None
 

@@ -67,7 +67,7 @@ class Stages:
         with self.stage("vae_decoder") as vae:
             state = vae.new_state(height=height, width=width)
             for i in range(count):
-                chunk = wan.denormalize(model, latents[:, :, i : i + 1])
+                chunk = wan.denormalize(model, latents[:, :, i])
                 engine = vae["first" if i == 0 else "next"]
                 frames = engine.infer({"latents": np.ascontiguousarray(chunk)}, state)["frames"]
                 check_finite(frames, "decode", "the VAE decoder")

@@ -118,17 +118,17 @@ def text_context(prompt_embeds: Array) -> TextContext:
 
 
 def denormalize(model: ModelSpec, latents: Array) -> Array:
-    """Latents of the denoiser -> latents of the VAE: z * std + mean per channel."""
-    shape = (1, -1, 1, 1, 1)
+    """Latents of the denoiser -> latents of the VAE, (B, C, …): z * std + mean per channel."""
+    shape = (1, -1) + (1,) * (latents.ndim - 2)
     # divided by 1/std, as the reference rounds it
     scale = np.float32(1.0) / np.asarray(model.latents_std, np.float32).reshape(shape)
     return latents / scale + np.asarray(model.latents_mean, np.float32).reshape(shape)
 
 
 def to_unit_range(frames: Array) -> Array:
-    """Decoder output (1, 3, F, H, W), nominally in [-1, 1] -> frames (F, H, W, 3) in [0, 1]."""
-    unit = np.clip(np.clip(frames[0], -1.0, 1.0) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-    return np.ascontiguousarray(unit.transpose(1, 2, 3, 0))
+    """Decoder output (F, 3, H, W), nominally in [-1, 1] -> frames (F, H, W, 3) in [0, 1]."""
+    unit = np.clip(np.clip(frames, -1.0, 1.0) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
+    return np.ascontiguousarray(unit.transpose(0, 2, 3, 1))
 
 
 def to_uint8(frames: Array) -> NDArray[np.uint8]:

@@ -1,0 +1,184 @@
+"""The engine contract on the tiny bundle, bundles on disk, and specs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from t2v_rt import BackendError, BundleError, EngineError, TextToVideoPipeline, build_engines
+from t2v_rt.engines import platform
+from t2v_rt.engines.backends import get_backend
+from t2v_rt.engines.bundle import Stamps, open_bundle
+from t2v_rt.engines.contract import Component
+from t2v_rt.engines.specs import TensorSpec
+from tests.conftest import Tiny
+
+FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
+
+
+@pytest.fixture
+def vae(narrow: Tiny) -> Component:
+    bundle = open_bundle(narrow.bundle)
+    return get_backend("onnxruntime").load(bundle.folder, "vae_decoder", bundle.manifest.components["vae_decoder"])
+
+
+def latent(seed: int = 0) -> dict[str, np.ndarray]:
+    return {"latents": np.random.default_rng(seed).standard_normal((1, 4, 4, 6)).astype(np.float32)}
+
+
+def test_state_belongs_to_the_caller(vae: Component) -> None:
+    one, two = vae.new_state(height=4, width=6), vae.new_state(height=4, width=6)
+    assert one.nbytes > 0
+    assert not any(value.any() for value in one.to_host().values())
+    first = vae["first"].infer(latent(), one)["frames"]
+    assert first.shape == (1, 3, 32, 48)
+    assert np.array_equal(vae["first"].infer(latent(), two)["frames"], first)
+    interleaved = [vae["next"].infer(latent(1), state)["frames"] for state in (one, two)]
+    assert interleaved[0].shape == (4, 3, 32, 48)
+    assert np.array_equal(*interleaved)
+    kept = one.to_host()
+    vae["next"].infer(latent(2), one)
+    assert any(not np.array_equal(kept[name], value) for name, value in one.to_host().items())
+
+
+def test_outputs_outlive_the_next_call_and_the_engine(vae: Component) -> None:
+    state = vae.new_state(height=4, width=6)
+    frames = vae["first"].infer(latent(), state)["frames"]
+    kept = frames.copy()
+    vae["next"].infer(latent(1), state)
+    vae.close()
+    assert np.array_equal(frames, kept)
+
+
+def test_feeds_are_checked(vae: Component) -> None:
+    state = vae.new_state(height=4, width=6)
+    engine = vae["next"]
+    for feeds, message in (
+        ({}, "expected"),
+        ({**latent(), "more": np.zeros(1)}, "more"),
+        ({"latents": latent()["latents"].astype(np.float64)}, "float64"),
+        ({"latents": np.zeros((1, 5, 4, 6), np.float32)}, "[1, 5, 4, 6]"),
+        ({"latents": np.zeros((4, 6), np.float32)}, "expected float32"),
+        ({"latents": np.zeros((1, 4, 8, 6), np.float32)}, "make a new state"),
+    ):
+        with pytest.raises(EngineError) as error:
+            engine.infer(feeds, state)
+        assert message in str(error.value)
+    with pytest.raises(EngineError, match="needs a state"):
+        engine.infer(latent())
+    with pytest.raises(EngineError, match="no engine 'third'"):
+        vae["third"]
+
+
+def test_unknown_backends_and_providers() -> None:
+    with pytest.raises(BackendError, match="expected one of onnxruntime, tensorrt-rtx, tensorrt"):
+        get_backend("openvino")
+    with pytest.raises(BackendError, match="not available"):
+        get_backend("tensorrt")
+    with pytest.raises(BackendError, match="cuda"):
+        get_backend("onnxruntime", provider="cuda")
+
+
+def test_graphs_hold_no_op_that_engines_choke_on(narrow: Tiny) -> None:
+    attention = {"text_encoder": 2, "transformer": 4, "vae_decoder": 1}
+    for path in sorted(narrow.bundle.rglob("*.onnx")):
+        model = onnx.load(str(path), load_external_data=False)
+        onnx.checker.check_model(str(path))
+        kinds = [node.op_type for node in model.graph.node]
+        assert not FORBIDDEN & set(kinds)
+        assert kinds.count("Attention") == attention[path.parent.name]
+        types = {tensor.data_type for tensor in model.graph.initializer}
+        assert onnx.TensorProto.DOUBLE not in types
+
+
+def test_a_bundle_is_reused_only_when_nothing_changed(narrow: Tiny, tmp_path: Path) -> None:
+    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    shutil.copytree(narrow.checkpoint, checkpoint)
+
+    def built() -> int:
+        build_engines(checkpoint, bundle)
+        return (bundle / "bundle.json").stat().st_mtime_ns
+
+    first = built()
+    assert built() == first
+    defaults = checkpoint / "generation_config.json"
+    defaults.write_text(defaults.read_text().replace('"fps": 8', '"fps": 9'))
+    second = built()
+    assert second != first
+    assert TextToVideoPipeline.from_pretrained(bundle).manifest.defaults.fps == 9
+    (bundle / "transformer" / "model.onnx").write_bytes(b"")
+    assert built() != second
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_the_same_inputs_give_the_same_bundle(narrow: Tiny, tmp_path: Path) -> None:
+    again = build_engines(narrow.checkpoint, tmp_path / "again")
+    for path in narrow.bundle.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (again.folder / path.relative_to(narrow.bundle)).read_bytes()
+
+
+def test_build_engines_is_the_command(narrow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from t2v_rt.cli import main
+
+    assert main(["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "b"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bundle_id"] == open_bundle(narrow.bundle).manifest.bundle_id
+
+
+def test_stamps_see_a_change(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"one")
+    stamps = Stamps(tmp_path)
+    before = stamps.sha256("x")
+    stamps.save()
+    assert Stamps(tmp_path).sha256("x") == before
+    file.write_bytes(b"two")
+    assert Stamps(tmp_path).sha256("x") != before
+
+
+def test_a_half_precision_bundle_is_near_the_full_one(narrow: Tiny, tmp_path: Path) -> None:
+    """A check of the casts' places, not of a GPU's accumulation."""
+    build_engines(narrow.checkpoint, tmp_path / "half", precision="fp16")
+    half, full = (TextToVideoPipeline.from_pretrained(path) for path in (tmp_path / "half", narrow.bundle))
+    embeds = [pipe.encode_prompt(["a red ball"]) for pipe in (half, full)]
+    assert 0 < np.abs(embeds[0] - embeds[1]).max() < 1e-2 * np.abs(embeds[1]).max()
+    frames = [pipe("a red ball", seed=1).frames for pipe in (half, full)]
+    assert np.abs(frames[0] - frames[1]).mean() < 0.02
+
+
+def test_specs() -> None:
+    spec = TensorSpec("x", "float32", (1, "2*height", "width"))
+    assert spec.resolve({"height": 3, "width": 5}) == (1, 6, 5)
+    assert spec.nbytes({"height": 3, "width": 5}) == 120
+    assert TensorSpec.from_json(spec.to_json()) == spec
+    for shape in (("x*height",), ("0*height",)):
+        with pytest.raises(BundleError, match="not understood"):
+            TensorSpec("x", "float32", shape)
+    with pytest.raises(BundleError, match="bfloat16"):
+        TensorSpec("x", "bfloat16", (1,))
+
+
+def test_replacing_a_folder(tmp_path: Path) -> None:
+    target, new = tmp_path / "target", tmp_path / "new"
+    for folder, text in ((target, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    platform.replace_directory(new, target)
+    assert (target / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    with pytest.raises(FileNotFoundError):
+        platform.replace_directory(tmp_path / "none", target)
+    assert (target / "file").read_text() == "new"
+
+
+def test_memory_readings() -> None:
+    block = np.ones(20_000_000, np.uint8)
+    assert platform.peak_rss_bytes() > block.nbytes
+    assert platform.available_memory_bytes() > block.nbytes
+    assert platform.free_disk_bytes(Path()) > 0
