@@ -19,7 +19,7 @@ from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latent
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, shift_name
-from t2v_rt.runtime.video import check_output, contact_sheet, encode_png, open_writer
+from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write_png
 
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
@@ -174,5 +174,5 @@ def _write(
             writer.write(frame)
             seconds["write"] += time.perf_counter() - made
     if sheet:
-        Path(options.contact_sheet).write_bytes(encode_png(contact_sheet(np.stack(sheet), SHEET_COLUMNS)))
+        write_png(Path(options.contact_sheet), contact_sheet(np.stack(sheet), SHEET_COLUMNS))
     return digest.hexdigest(), seconds
