@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -13,17 +13,25 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.errors import RequestError
 from t2v_rt.export.weights import CheckpointWeights, WeightFile, WeightPlace
 
 OPSET = 23  # the first with Attention
 IR_VERSION = 11  # the one that goes with opset 23
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16"]
 Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 COMPUTE_DTYPES: dict[str, tuple[int, type[np.generic]]] = {
     "fp32": (TensorProto.FLOAT, np.float32),
     "fp16": (TensorProto.FLOAT16, np.float16),
 }
+
+
+def check_precision(name: str) -> Precision:
+    """Returns a supported precision; raises RequestError, with the supported ones, for any other."""
+    if name not in COMPUTE_DTYPES:
+        raise RequestError(f"precision is {name!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
+    return cast(Precision, name)
 
 
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:

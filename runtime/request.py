@@ -113,20 +113,18 @@ def make_request(
     num_frames = _positive("num_frames", num_frames, defaults.num_frames)
     wan.check_size(model, height, width, num_frames)
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise RequestError(f"guidance_scale is {scale!r}; expected a finite number of 0 or more (1 turns guidance off)")
+    _check_guidance(scale)
     prompts, embeds = _text("prompt", prompt, prompt_embeds, model.text_dim)
     if not prompts and embeds is None:
         raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
     count = len(prompts) if embeds is None else len(embeds)
     negatives, negative_embeds = _text("negative_prompt", negative_prompt, negative_prompt_embeds, model.text_dim)
-    if not negatives and negative_embeds is None:
-        negatives = (defaults.negative_prompt,)
-    if len(negatives) == 1:
-        negatives *= count
-    for name, found in (("negative_prompt", len(negatives)), ("negative_prompt_embeds", _rows(negative_embeds))):
-        if found not in (0, count):
-            raise RequestError(f"{found} of {name} were given for {count} prompts; give one, or one for each")
+    if negative_embeds is None:
+        negatives = negatives or (defaults.negative_prompt,)
+        negatives = negatives * count if len(negatives) == 1 else negatives
+    found = len(negatives) if negative_embeds is None else len(negative_embeds)
+    if found != count:
+        raise RequestError(f"{found} of negative_prompt were given for {count} prompts; give one, or one for each")
     videos = count * _positive("num_videos_per_prompt", num_videos_per_prompt, 1)
     if start is not None and len(start) != videos:
         raise RequestError(f"latents hold {len(start)} videos, the request {videos}; give one for each")
@@ -181,6 +179,11 @@ def make_noise(
     return np.concatenate([item.randn((1, *shape[1:])) for item in generators]), generators
 
 
+def _check_guidance(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise RequestError(f"guidance_scale is {scale!r}; expected a finite number of 0 or more (1 turns guidance off)")
+
+
 def _positive(name: str, value: int | None, default: int) -> int:
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -213,10 +216,6 @@ def _text(
     if not items or not all(isinstance(item, str) for item in items):
         raise RequestError(f"{name} is {text!r}; expected text or a list of texts")
     return items, None
-
-
-def _rows(array: Array | None) -> int:
-    return 0 if array is None else len(array)
 
 
 def _floats(name: str, array: NDArray[Any], dims: int) -> Array:

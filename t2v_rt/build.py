@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import get_args
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import check_backend
@@ -17,7 +16,7 @@ from t2v_rt.engines.manifest import SCHEMA_VERSION, Defaults, Manifest
 from t2v_rt.errors import BundleError, InputError, RequestError
 
 Progress = Callable[[str, int, int], None]
-STEPS = ("text_encoder", "transformer", "vae_decoder", "hash")
+STEPS = ("text_encoder", "transformer", "vae_decoder", "hash", "done")
 DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
 
 
@@ -62,13 +61,10 @@ def build_engines(
     try:
         from t2v_rt.export import wan
         from t2v_rt.export.checkpoint import open_checkpoint
-        from t2v_rt.export.graph import COMPUTE_DTYPES, Precision
+        from t2v_rt.export.graph import check_precision
     except ImportError as exc:
         raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
-    if precision not in COMPUTE_DTYPES:
-        raise RequestError(f"precision is {precision!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
-    chosen = next(name for name in get_args(Precision) if name == precision)
-    target = Path(output)
+    chosen, target = check_precision(precision), Path(output)
     platform.check_writable_parent(target)
     source = open_checkpoint(checkpoint)
     configs = wan.read_configs(source)
@@ -87,20 +83,25 @@ def build_engines(
     if not force and (existing := _reusable(target, manifest.fingerprint)) is not None:
         return existing
     _check_disk(target, sum(file.stat().st_size for w in source.weights.values() for file in w.files))
-
-    def report(name: str) -> None:
-        if progress is not None:
-            progress(name, STEPS.index(name), len(STEPS))
-
+    report = _reporter(progress)
     with new_bundle(target) as folder:
         components = wan.export_components(source, configs, folder, chosen, report)
         (folder / "tokenizer").mkdir()
         shutil.copyfile(source.tokenizer, folder / "tokenizer" / "tokenizer.json")
         report("hash")
         write_manifest(folder, manifest.with_components(components))
-    if progress is not None:
-        progress("done", len(STEPS), len(STEPS))
+    report("done")
     return open_bundle(target)
+
+
+def _reporter(progress: Progress | None) -> Callable[[str], None]:
+    """Turns the name of a step into how many are done."""
+
+    def report(step: str) -> None:
+        if progress is not None:
+            progress(step, STEPS.index(step), len(STEPS) - 1)
+
+    return report
 
 
 def _defaults(base: Defaults, height: int | None, width: int | None, num_frames: int | None) -> Defaults:
