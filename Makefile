@@ -18,6 +18,7 @@ $(VENV)/dev: $(VENV)/runtime
 	touch $@
 
 demo: $(VENV)/runtime
+	mkdir -p build
 	$(BIN)/t2v-rt build-engines demo/bouncing-shapes --output build/demo
 	$(BIN)/t2v-rt generate "$(DEMO_PROMPT)" --engines build/demo --output build/demo.mp4 --contact-sheet build/demo.png --seed 0
 
