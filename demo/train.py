@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from state import load_state, save_state
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from train_denoiser import FLOW_SHIFT, Networks, train_denoiser
 from train_vae import CONFIG, as_video, encode, train_vae
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 HERE = Path(__file__).resolve().parent
-VOCABULARY = 320
 ENCODE_BATCH = 8
 GENERATION = {
     "height": clips.SIZE,
@@ -39,20 +38,27 @@ GENERATION = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram tokenizer of the prompts, with UMT5's special tokens: `</s>` closes every prompt."""
-    corpus = [
-        text
+    """A unigram tokenizer with one piece per English word and per Chinese character, and UMT5's special tokens.
+
+    Its vocabulary is counted, not trained: the same pieces and ids at every start, which a resumed training needs.
+    """
+    splitter = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex("[\\u4e00-\\u9fff]|[,:]"), "isolated")]
+    )
+    words = {
+        word
         for scene in clips.scenes(held=False)
         for language in ("en", "zh")
         for text in clips.prompts(scene, language)
-    ]
-    raw = Tokenizer(models.Unigram())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    raw.train_from_iterator(corpus, trainer)
+        for word, _ in splitter.pre_tokenize_str(text)
+    }
+    letters = {letter for word in words for letter in word} - words
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    # a word as a whole is likelier than its letters, which are there for words never seen
+    pieces = [(word, -5.0) for word in sorted(words)] + [(letter, -10.0) for letter in sorted(letters)]
+    raw = Tokenizer(models.Unigram(special + pieces, unk_id=2, byte_fallback=False))
+    raw.pre_tokenizer, raw.decoder = splitter, decoders.Metaspace()
+    raw.add_special_tokens([token for token, _ in special])
     raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512

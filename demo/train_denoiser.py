@@ -177,15 +177,64 @@ def step_loss(
     return flow + TEXT_WEIGHT * naming, flow.item()
 
 
-def make_optimizers(networks: Networks) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the denoiser's blocks, which learns them in fewer steps; AdamW for everything else."""
-    matrices = [p for p in networks.transformer.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in networks.modules().parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
+class Training:
+    """The denoiser's training and all of its state.
+
+    Args:
+        tokenizer: of the checkpoint.
+        file: where the state is kept; an earlier state is continued.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+        self.networks, self.prompts, self.file = Networks.make(len(tokenizer)), Prompts(tokenizer), file
+        self.trained = self.networks.modules()
+        self.average = copy.deepcopy(self.trained)
+        # Muon learns the matrices of the denoiser's blocks in fewer steps; AdamW does everything else
+        matrices = [p for p in self.networks.transformer.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.trained.parameters() if id(p) not in chosen]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.01),
+        ]
+        self.step, self.done = 0, 0.0
+        state = load_state(file)
+        if state is not None:
+            self.trained.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.done = state["step"], state["done"]
+
+    def save(self) -> None:
+        """Writes the state, from which a later training continues."""
+        save_state(
+            self.file,
+            model=self.trained.state_dict(),
+            average=self.average.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            step=self.step,
+            done=self.done,
+        )
+
+    def advance(self, latents: Tensor, chosen: Tensor, rng: np.random.Generator, share: float) -> float:
+        """One step on a batch, `share` of the training being done; returns the flow-matching loss."""
+        fall = 0.02 + 0.49 * (1 + math.cos(math.pi * share))
+        for optimizer, rate in zip(self.optimizers, (MATRIX_RATE, RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (self.step + 1) / WARM_UP) * fall
+        loss, flow = step_loss(self.networks, self.prompts, latents, chosen, rng, self.step)
+        self.trained.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        keep = min(EMA, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.trained.parameters(), strict=True):
+                slow.lerp_(fast, 1 - keep)
+        return flow
 
 
 def train_denoiser(
@@ -202,52 +251,20 @@ def train_denoiser(
     Returns:
         Text encoder and denoiser, their weights averaged over the last steps.
     """
-    networks, prompts, file = Networks.make(len(tokenizer)), Prompts(tokenizer), work / "denoiser.pt"
-    trained = networks.modules()
-    average = copy.deepcopy(trained)
-    optimizers = make_optimizers(networks)
-    step, done = 0, 0.0
-    state = load_state(file)
-    if state is not None:
-        trained.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved_state)
-        step, done = state["step"], state["done"]
-    rng, losses = np.random.default_rng(step), [math.nan]
     # the fused attention's backward pass takes half of the time of a step on the CPU; the plain one is far quicker
     torch.backends.cuda.enable_flash_sdp(False)
+    training = Training(tokenizer, work / "denoiser.pt")
+    rng, losses = np.random.default_rng(training.step), [math.nan]
     last = saved = time.monotonic()
-    while done < seconds:
-        fall = 0.02 + 0.49 * (1 + math.cos(math.pi * done / seconds))
-        for optimizer, rate in zip(optimizers, (MATRIX_RATE, RATE), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / WARM_UP) * fall
+    while training.done < seconds:
         picked = torch.from_numpy(rng.integers(0, len(data["latents"]), BATCH))
-        loss, flow = step_loss(networks, prompts, data["latents"][picked], data["scenes"][picked], rng, step)
-        trained.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        with torch.no_grad():
-            keep = min(EMA, (1 + step) / (10 + step))
-            for slow, fast in zip(average.parameters(), trained.parameters(), strict=True):
-                slow.lerp_(fast, 1 - keep)
+        flow = training.advance(data["latents"][picked], data["scenes"][picked], rng, training.done / seconds)
         losses = [*losses[-199:], flow]
         now = time.monotonic()
-        done, last = done + now - last, now
-        if step % 100 == 0:
-            print(f"denoiser {step} {done:.0f}s loss {np.nanmean(losses):.4f} all {loss.item():.4f}", flush=True)
-        if now - saved > SAVE_SECONDS or done >= seconds:
+        training.done, last = training.done + now - last, now
+        if training.step % 100 == 0:
+            print(f"denoiser {training.step} {training.done:.0f}s loss {np.nanmean(losses):.4f}", flush=True)
+        if now - saved > SAVE_SECONDS or training.done >= seconds:
             saved = now
-            save_state(
-                file,
-                model=trained.state_dict(),
-                average=average.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                step=step,
-                done=done,
-            )
-    return average[0], average[1]
+            training.save()
+    return training.average[0], training.average[1]
