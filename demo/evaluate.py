@@ -68,7 +68,7 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="folder that build-engines wrote")
-    parser.add_argument("--prompts", type=int, default=72, help="prompts in each language")
+    parser.add_argument("--prompts", type=int, default=168, help="prompts in each language; 168 are all there are")
     parser.add_argument("--steps", type=int, help="denoising steps; the bundle's default where it is left out")
     parser.add_argument("--guidance", type=float, nargs="+", default=[5.0, 1.0], help="guidance scales to compare")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
