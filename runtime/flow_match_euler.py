@@ -1,108 +1,89 @@
 """Euler's method on a flow-matching model (Lipman et al., arXiv:2210.02747; Esser et al., arXiv:2403.03206).
 
 The model predicts the velocity v = noise - x0; the sample moves along it to the next sigma: x += (sigma' - sigma) v.
+With `stochastic_sampling` it jumps to x0 and is noised to the next sigma, as distilled few-step models want it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.scheduler_base import (
-    Array,
-    Scheduler,
-    SchedulerConfig,
-    add_flow_noise,
-    check_sigmas,
-    check_steps,
-    dynamic_shift,
-    shift_sigmas,
-    stretch_to_terminal,
-)
+from t2v_rt.runtime.blockwise import blockwise
+from t2v_rt.runtime.scheduler_base import Draw, Scheduler
+from t2v_rt.runtime.scheduler_config import SchedulerConfig
+from t2v_rt.runtime.schedules import dynamic_shift, falling, shift_sigmas, stretch_to_terminal
+from t2v_rt.runtime.sigma_scheduler import spaced_sigmas, spacing_of
 
 Float32 = NDArray[np.float32]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class FlowMatchEulerConfig(SchedulerConfig):
-    """Settings, names and defaults as in diffusers."""
+    """Settings, names and defaults as in diffusers; `base_*` and `max_*` are for callers that compute mu."""
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
     use_dynamic_shifting: bool = False
+    base_shift: float | None = 0.5
+    max_shift: float | None = 1.15
+    base_image_seq_len: int | None = 256
+    max_image_seq_len: int | None = 4096
     invert_sigmas: bool = False
     shift_terminal: float | None = None
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     stochastic_sampling: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        spacing_of(self)
         if self.num_train_timesteps < 1 or self.shift <= 0:
             raise RequestError(
-                f"num_train_timesteps {self.num_train_timesteps}, shift {self.shift}; expected positive numbers"
+                f"num_train_timesteps is {self.num_train_timesteps}, shift {self.shift}; expected positive numbers"
             )
 
 
 class FlowMatchEulerDiscreteScheduler(Scheduler[FlowMatchEulerConfig]):
-    """Euler sampler for flow models; diffusers' class of the same name. Timesteps are float32."""
+    """Euler sampler for flow models; diffusers' class of the same name. Timesteps are float32.
+
+    Without custom values the timesteps fall evenly between the shifted end points, then all are shifted again, as the
+    reference does. Custom timesteps go to the model as they are; their sigmas are shifted.
+    """
 
     Config = FlowMatchEulerConfig
+    custom: ClassVar[frozenset[str]] = frozenset({"sigmas", "timesteps", "mu"})
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        *,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-        mu: float | None = None,
+    def _schedule(
+        self, steps: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, mu: float | None
     ) -> None:
-        """Prepares the schedule.
-
-        Without custom values the timesteps fall evenly between the shifted end points, then all are shifted again, as
-        the reference does.
-
-        Args:
-            num_inference_steps: number of steps.
-            sigmas: custom ones, before the shift.
-            timesteps: custom ones, given to the model as they are; their sigmas are shifted.
-            mu: the shift, with `use_dynamic_shifting`.
-
-        Raises:
-            RequestError: no or invalid steps, sigmas or timesteps, or mu missing or surplus.
-        """
         config = self.config
         if (mu is not None) != config.use_dynamic_shifting:
-            raise RequestError("mu goes with use_dynamic_shifting: give both or neither")
-        if sigmas is not None and timesteps is not None:
-            raise RequestError("sigmas and timesteps were both given; give one of them")
-        given: NDArray[np.float32] | None = None
+            raise RequestError("mu goes with use_dynamic_shifting; give both or neither")
+        train = config.num_train_timesteps
+        given: Float32 | None = None
         flow: Array
         if timesteps is not None:
-            as_sigmas = [float(t) / config.num_train_timesteps for t in timesteps]
-            check_sigmas(as_sigmas, num_inference_steps)
-            given = np.asarray(timesteps, np.float32)
-            flow = given / np.float32(config.num_train_timesteps)
+            given = falling("timesteps", timesteps, lowest=train * 1e-6, highest=train).astype(np.float32)
+            flow = given / np.float32(train)
         elif sigmas is not None:
-            flow = check_sigmas(sigmas, num_inference_steps).astype(np.float32)
+            flow = falling("sigmas", sigmas, lowest=1e-6, highest=1.0).astype(np.float32)
         else:
-            first, last = self._end_timesteps()
-            flow = np.linspace(first, last, check_steps(num_inference_steps)) / config.num_train_timesteps
-        shifted = self._shifted(flow, mu).astype(np.float32)
-        self._finish(shifted, given)
-
-    def _shifted(self, flow: Array, mu: float | None) -> Array:
-        config = self.config
-        if mu is not None:
-            flow = dynamic_shift(flow, mu, config.time_shift_type)
-        else:
-            flow = shift_sigmas(flow, config.shift)
-        return flow if not config.shift_terminal else stretch_to_terminal(flow, config.shift_terminal)
+            flow = np.linspace(*self._end_timesteps(), steps) / train
+        flow = dynamic_shift(flow, mu, config.time_shift_type) if mu is not None else shift_sigmas(flow, config.shift)
+        if config.shift_terminal:
+            flow = stretch_to_terminal(flow, config.shift_terminal)
+        if spacing_of(config):
+            flow = spaced_sigmas(config, flow, len(flow))
+        self._finish(flow.astype(np.float32), given)
 
     def _finish(self, sigmas: Float32, given: Float32 | None) -> None:
         train = np.float32(self.config.num_train_timesteps)
@@ -113,7 +94,6 @@ class FlowMatchEulerDiscreteScheduler(Scheduler[FlowMatchEulerConfig]):
             self.timesteps, end = sigmas * train, np.float32(1.0)
         self.sigmas = np.append(sigmas, end)
         self.num_inference_steps = len(sigmas)
-        self._reset()
 
     def _end_timesteps(self) -> tuple[float, float]:
         """First and last training timestep after the constructor's shift, in float32 steps as the reference."""
@@ -123,20 +103,20 @@ class FlowMatchEulerDiscreteScheduler(Scheduler[FlowMatchEulerConfig]):
             ends = shift_sigmas(ends, self.config.shift).astype(np.float32)
         return float(ends[0]) * n, float(ends[1]) * n
 
-    def _advance(self, model_output: Float32, sample: Float32, generator: Generator | None, eta: float) -> Float32:
-        sigma, following = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
+    def _advance(self, i: int, model_output: Float32, sample: Float32, draw: Draw, eta: float) -> Float32:
+        sigma, following = self.sigmas[i], self.sigmas[i + 1]
         if self.config.stochastic_sampling:
-            if generator is None:
-                raise RequestError("stochastic_sampling needs a generator")
-            x0 = sample - sigma * model_output
-            noise: Float32 = generator.randn(sample.shape)
-            stochastic: Float32 = (np.float32(1.0) - following) * x0 + following * noise
-            return stochastic
-        result: Float32 = sample + (following - sigma) * model_output
-        return result
+            keep = 1 - following
+            return blockwise(lambda x, v, z: keep * (x - sigma * v) + following * z, sample, model_output, draw())
+        dt = following - sigma
+        return blockwise(lambda x, v: x + dt * v, sample, model_output)
 
-    def add_noise(self, original_samples: Array, noise: Array, timesteps: Array) -> Array:
-        """Samples noised to timesteps of the schedule; see `add_flow_noise`."""
-        return add_flow_noise(original_samples, noise, timesteps, self.timesteps, self.sigmas)
+    def _signal_and_noise(self, timestep: float) -> tuple[Any, Any]:
+        i = self._index_of(timestep) if len(self.timesteps) else None
+        if i is None:
+            raise RequestError(f"timestep {timestep:g} is not in the schedule; give one of the scheduler's timesteps")
+        return 1 - self.sigmas[i], self.sigmas[i]
 
-    scale_noise = add_noise
+    def scale_noise(self, sample: Array, timestep: Array, noise: Array) -> Array:
+        """`add_noise` under the name, and with the order of arguments, that this class has in diffusers."""
+        return self.add_noise(sample, noise, timestep)

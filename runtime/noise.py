@@ -115,6 +115,31 @@ class Generator:
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
 
+def randn_for(shape: Sequence[int], generators: Generator | Sequence[Generator] | None) -> NDArray[np.float32]:
+    """Noise for a batch of videos, as diffusers' `randn_tensor` draws it.
+
+    Args:
+        shape: (B, …).
+        generators: one draws the whole shape in one go; a list has one for each video.
+
+    Returns:
+        float32, of that shape.
+
+    Raises:
+        RequestError: no generator, or another number of them than 1 or B.
+    """
+    if isinstance(generators, Generator):
+        return generators.randn(shape)
+    items = list(generators or ())
+    if not items:
+        raise RequestError("this sampler draws noise; give a seed or a generator")
+    if len(items) == 1:
+        return items[0].randn(shape)
+    if len(items) != shape[0]:
+        raise RequestError(f"{len(items)} generators were given for {shape[0]} videos; give one, or one for each")
+    return np.concatenate([item.randn((1, *shape[1:])) for item in items])
+
+
 def check_seed(seed: int) -> int:
     """Returns the seed as an int; raises RequestError where it is none or does not fit 64 bits."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):

@@ -85,7 +85,7 @@ class Run:
         self._callback = callback
         self._callback_tensors = tuple(callback_tensors)
         self._progress = progress or (lambda stage, done, total: None)
-        self.scheduler_settings = {"_class_name": type(self._scheduler).__name__, **self._scheduler.config}
+        self.scheduler_settings = self._scheduler.settings()
         self.seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.step_calls: list[int] = []
 
@@ -140,8 +140,8 @@ class Run:
                 if prompts.unconditional is not None:
                     against = _predict(denoiser, sample, t, prompts.unconditional)
                     prediction = guide(prediction, against, request.guidance_scale)
+                check_finite(prediction, "denoise", f"step {i + 1} of the denoiser")
                 latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
-                check_finite(latents, "denoise", f"step {i + 1} of the denoiser")
                 self.step_calls.append(1 if prompts.unconditional is None else 2)
                 if self._callback is not None:
                     latents, prompts = self._call_back(i, t, latents, prompts)

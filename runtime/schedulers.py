@@ -6,59 +6,136 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2v_rt.errors import RequestError
+from t2v_rt.runtime.cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from t2v_rt.runtime.ddim import DDIMScheduler
+from t2v_rt.runtime.ddpm import DDPMScheduler
+from t2v_rt.runtime.deis_multistep import DEISMultistepScheduler
+from t2v_rt.runtime.dpmsolver_multistep import DPMSolverMultistepScheduler
+from t2v_rt.runtime.euler_ancestral import EulerAncestralDiscreteScheduler
+from t2v_rt.runtime.euler_discrete import EulerDiscreteScheduler
 from t2v_rt.runtime.flow_match_euler import FlowMatchEulerDiscreteScheduler
+from t2v_rt.runtime.heun_discrete import HeunDiscreteScheduler
+from t2v_rt.runtime.lcm import LCMScheduler
+from t2v_rt.runtime.pndm import PNDMScheduler
 from t2v_rt.runtime.scheduler_base import Scheduler, SchedulerOutput
-from t2v_rt.runtime.unipc import UniPCMultistepScheduler
+from t2v_rt.runtime.unipc_multistep import UniPCMultistepScheduler
 
 __all__ = [
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
     "Scheduler",
     "SchedulerOutput",
     "UniPCMultistepScheduler",
     "available_schedulers",
     "get_scheduler",
+    "scheduler_class",
 ]
 
-SCHEDULERS: Mapping[str, type[Scheduler[Any]]] = {
-    "unipc": UniPCMultistepScheduler,
-    "euler": FlowMatchEulerDiscreteScheduler,
+Sampler = tuple[type[Scheduler[Any]], Mapping[str, Any]]
+KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
+# short name -> class, and the settings that the name stands for
+SAMPLERS: Mapping[str, Sampler] = {
+    "cogvideox-ddim": (CogVideoXDDIMScheduler, {}),
+    "cogvideox-dpm": (CogVideoXDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "ddpm": (DDPMScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpm++-karras": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", **KARRAS}),
+    "dpm++-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++-sde-karras": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", **KARRAS}),
+    "euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "unipc-karras": (UniPCMultistepScheduler, KARRAS),
+}
+# methods that have another class for the one kind of model than for the other
+FOR_FLOW: Mapping[str, Sampler] = {"lcm": (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True})}
+FOR_NOISE: Mapping[str, Sampler] = {"euler": (EulerDiscreteScheduler, {})}
+CLASSES: Mapping[str, type[Scheduler[Any]]] = {
+    cls.__name__: cls for cls, _ in (*SAMPLERS.values(), *FOR_NOISE.values())
 }
 
 
 def available_schedulers() -> tuple[str, ...]:
     """The short names, sorted."""
-    return tuple(sorted(SCHEDULERS))
+    return tuple(sorted(SAMPLERS))
 
 
 def get_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> Scheduler[Any]:
-    """Builds a scheduler by short name or class name.
+    """Builds a scheduler by short name or class name, for the model that a saved config describes.
 
     Args:
-        name: e.g. `unipc`, or a class name as in `scheduler_config.json`.
-        config: a saved config; keys foreign to the class are ignored. `flow_shift` and `shift` stand for each other
-            where the class has only one of them.
+        name: e.g. `unipc`, or a class name as in `scheduler_config.json`. `euler` and `lcm` are methods that a flow
+            model and a noise-predicting one have different classes for; the config's kind decides.
+        config: a saved config; keys foreign to the class are ignored, and the flow shift and the kind of the model are
+            carried over to the names that the class has for them.
         overrides: settings that replace the config's and must be known to the class.
 
     Returns:
         A new scheduler.
 
     Raises:
-        RequestError: unknown name (the known ones are listed), or a bad setting.
+        RequestError: unknown name (the known ones are listed), a bad setting, or a sampler that cannot fit the model.
     """
-    classes = {**SCHEDULERS, **{cls.__name__: cls for cls in SCHEDULERS.values()}}
-    if name not in classes:
+    config = config or {}
+    cls, preset = _find(name, config)
+    saved = translated(cls, config)
+    if is_flow(config) and not _fits_flow(cls):
+        fitting = ", ".join(known for known in available_schedulers() if _fits_flow(_find(known, config)[0]))
+        raise RequestError(
+            f"{cls.__name__} cannot sample a flow model (prediction_type 'flow_prediction'); expected one of {fitting}"
+        )
+    return cls.from_config(saved, **{**preset, **overrides})
+
+
+def scheduler_class(name: str, config: Mapping[str, Any] | None = None) -> type[Scheduler[Any]]:
+    """The class that `get_scheduler` takes for a name; raises RequestError where the name is unknown."""
+    return _find(name, config or {})[0]
+
+
+def _find(name: str, config: Mapping[str, Any]) -> Sampler:
+    if name in CLASSES:
+        return CLASSES[name], {}
+    if name not in SAMPLERS:
         raise RequestError(f"unknown scheduler {name!r}; expected one of {', '.join(available_schedulers())}")
-    cls = classes[name]
-    return cls.from_config(with_shift(cls, config or {}), **overrides)
+    kinds = FOR_FLOW if is_flow(config) else FOR_NOISE if "prediction_type" in config else {}
+    return kinds.get(name, SAMPLERS[name])
 
 
-def with_shift(cls: type[Scheduler[Any]], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose flow shift has the name that `cls` gives it: `flow_shift` or `shift`."""
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a saved config is that of a flow model."""
+    of_flow_class = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
+    return config.get("prediction_type") == "flow_prediction" or ("prediction_type" not in config and of_flow_class)
+
+
+def _fits_flow(cls: type[Scheduler[Any]]) -> bool:
+    return shift_name(cls) is not None
+
+
+def translated(cls: type[Scheduler[Any]], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config in the words of another class: the flow shift is `flow_shift` or `shift`, and a class for both
+    kinds of model is told that this one is a flow model."""
     result = dict(config)
     name = shift_name(cls)
     other = "shift" if name == "flow_shift" else "flow_shift"
     if name is not None and name not in result and other in result:
         result[name] = result[other]
+    if name == "flow_shift" and is_flow(config):
+        result = {**result, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     return result
 
 

@@ -18,7 +18,7 @@ from t2v_rt.runtime import wan
 from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.run import FrameStream
-from t2v_rt.runtime.schedulers import get_scheduler, shift_name
+from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write_png
 
 Frame = NDArray[np.uint8]
@@ -92,7 +92,7 @@ def _set_scheduler(pipe: TextToVideoPipeline, options: argparse.Namespace) -> No
     name = options.scheduler or str(config["_class_name"])
     overrides: dict[str, Any] = {}
     if options.flow_shift is not None:
-        key = shift_name(type(get_scheduler(name, config)))
+        key = shift_name(scheduler_class(name, config))
         if key is None:
             raise RequestError(f"scheduler {name} has no flow shift; leave --flow-shift out")
         overrides[key] = options.flow_shift

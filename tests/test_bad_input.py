@@ -132,7 +132,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "height 500": (["--height", "500"], "496 or 512"),
     "guidance nan": (["--guidance-scale", "nan"], "guidance_scale is nan"),
     "0 steps": (["--num-inference-steps", "0"], "num_inference_steps is 0"),
-    "scheduler": (["--scheduler", "foo"], "expected one of euler, unipc"),
+    "scheduler": (["--scheduler", "foo"], "expected one of cogvideox-ddim"),
     "backend": (["--backend", "foo"], "expected one of onnxruntime"),
     "provider": (["--provider", "foo"], "expected one of cpu"),
     "seed": (["--seed", str(2**70)], "64 bits"),
