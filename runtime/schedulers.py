@@ -75,6 +75,20 @@ def available_schedulers() -> tuple[str, ...]:
     return tuple(sorted(SAMPLERS))
 
 
+def fitting_schedulers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The short names of those that can sample the model that a saved config describes."""
+    fitting = []
+    for name in available_schedulers():
+        cls, preset = _find(name, config)
+        try:
+            if _fits_flow(cls) or not is_flow(config):
+                cls.from_config(translated(cls, config), **preset)
+                fitting.append(name)
+        except RequestError:
+            continue
+    return tuple(fitting)
+
+
 def get_scheduler(name: str, config: Mapping[str, Any] | None = None, **overrides: Any) -> Scheduler[Any]:
     """Builds a scheduler by short name or class name, for the model that a saved config describes.
 
@@ -95,9 +109,9 @@ def get_scheduler(name: str, config: Mapping[str, Any] | None = None, **override
     cls, preset = _find(name, config)
     saved = translated(cls, config)
     if is_flow(config) and not _fits_flow(cls):
-        fitting = ", ".join(known for known in available_schedulers() if _fits_flow(_find(known, config)[0]))
         raise RequestError(
-            f"{cls.__name__} cannot sample a flow model (prediction_type 'flow_prediction'); expected one of {fitting}"
+            f"{cls.__name__} cannot sample a flow model (prediction_type 'flow_prediction'); expected one of "
+            f"{', '.join(fitting_schedulers(config))}"
         )
     return cls.from_config(saved, **{**preset, **overrides})
 
