@@ -36,35 +36,10 @@ OUTPUT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64
 # ln 2 and pi/2 in two parts, the first with few enough bits that its small multiples are exact
 LN2_HIGH, LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
 HALF_PI_HIGH, HALF_PI_LOW = 1.57079632673412561417, 6.07710050650619224932e-11
-# minimax polynomials of Sun's fdlibm (e_log.c, k_sin.c, k_cos.c), lowest power first; errors below 2^-57
-LOG_TERMS = (
-    6.666666666666735130e-01,
-    3.999999999940941908e-01,
-    2.857142874366239149e-01,
-    2.222219843214978396e-01,
-    1.818357216161805012e-01,
-    1.531383769920937332e-01,
-    1.479819860511658591e-01,
-)
-SINE_TERMS = (
-    1.0,
-    -1.66666666666666324348e-01,
-    8.33333333332248946124e-03,
-    -1.98412698298579493134e-04,
-    2.75573137070700676789e-06,
-    -2.50507602534068634195e-08,
-    1.58969099521155010221e-10,
-)
-COSINE_TERMS = (
-    1.0,
-    -0.5,
-    4.16666666666666019037e-02,
-    -1.38888888888741095749e-03,
-    2.48015872894767294178e-05,
-    -2.75573143513906633035e-07,
-    2.08757232129817482790e-09,
-    -1.13596475577881948265e-11,
-)
+# power series, lowest power first, as far as float64 can see them on their intervals
+LOG_TERMS = tuple(2.0 / (2 * k + 3) for k in range(10))  # of ln((1 + s) / (1 - s)) / s - 2 over s^2
+SINE_TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(8))
+COSINE_TERMS = tuple((-1) ** k / math.factorial(2 * k) for k in range(9))
 QUADRANT_SINE = np.array([0.0, 1.0, 0.0, -1.0, 0.0])  # of 0, pi/2, … 2 pi
 QUADRANT_COSINE = np.array([1.0, 0.0, -1.0, 0.0, 1.0])
 SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # of the float64 sqrt(1/2)
