@@ -17,7 +17,9 @@ class TextToVideoOutput:
         seed: the seed, or one per video; None where a generator or latents were given.
         settings: everything that determines the result, as plain JSON values.
         stage_seconds: wall time of `encode`, `denoise` and `decode`, loading of engines included.
-        step_calls: denoiser calls made in each step.
+        step_calls: denoiser predictions made for each video in each step: 2 with guidance, whether in one batch or in
+            two calls, 0 where the step cache or zero-init stood in.
+        skipped_calls: such predictions that the step cache avoided.
         peak_rss_bytes: the most memory the process has held resident so far.
     """
 
@@ -26,4 +28,5 @@ class TextToVideoOutput:
     settings: Mapping[str, Any] = field(repr=False)
     stage_seconds: Mapping[str, float]
     step_calls: tuple[int, ...]
+    skipped_calls: int
     peak_rss_bytes: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -16,10 +18,12 @@ from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import BackendError, RequestError
 from t2v_rt.runtime import memory, wan
+from t2v_rt.runtime.denoiser import one_batch_is_faster
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
-from t2v_rt.runtime.request import Prompt, Request, make_request
-from t2v_rt.runtime.run import FrameStream, Run, collect
+from t2v_rt.runtime.preview import preview
+from t2v_rt.runtime.request import Prompt, Request, check_latents, make_request
+from t2v_rt.runtime.run import FrameStream, Run, make_output
 from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.stages import Progress, Stages
@@ -38,10 +42,12 @@ class TextToVideoPipeline:
         bundle: the opened bundle.
         backend: loads its engines.
         vram_budget: bytes the engines may take together, or None.
+        provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, vram_budget: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, vram_budget: int | None = None, provider: str = "cpu") -> None:
         self.bundle = bundle
+        self.provider = provider
         manifest = bundle.manifest
         self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
         self.vram_budget = vram_budget
@@ -78,7 +84,7 @@ class TextToVideoPipeline:
         if backend not in (None, built_for):
             raise BackendError(f"{bundle_dir} was built for {built_for}, not {backend}; build it for {backend}")
         budget = None if vram_budget is None else memory.parse_bytes(vram_budget)
-        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget)
+        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider)
 
     @property
     def manifest(self) -> Manifest:
@@ -106,6 +112,16 @@ class TextToVideoPipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: Progress | None = None,
+        *,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        cfg_zero_star: bool = False,
+        zero_init_steps: int | None = None,
+        guidance_batch: bool | None = None,
+        step_cache: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        cancel: threading.Event | None = None,
     ) -> TextToVideoOutput:
         """Makes videos; what is left out takes the bundle's default.
 
@@ -128,12 +144,23 @@ class TextToVideoPipeline:
                 (`latents`, `prompt_embeds`, `negative_prompt_embeds`) replace the current ones.
             callback_on_step_end_tensor_inputs: names of the tensors it is given.
             progress: called as `f(stage, done, total)`.
+            guidance_rescale: 0 to 1, against the over-exposure of high guidance (see `Guidance`).
+            guidance_interval: (start, stop), fractions of the steps that are guided; None for all.
+            cfg_zero_star: CFG-Zero* guidance.
+            zero_init_steps: first steps that predict zero under CFG-Zero*; None for 1.
+            guidance_batch: both predictions of a step in one batch (True) or in two calls (False); None chooses by size
+                (see `one_batch_is_faster`), and two calls where memory is short; `settings` tells what was chosen.
+            step_cache: threshold of the step cache (see `StepCache`); None or 0 turns it off.
+            timesteps: the schedule itself, instead of num_inference_steps.
+            sigmas: likewise, as noise levels.
+            cancel: checked before each denoiser call and each chunk of the VAE; once set, the call ends.
 
         Returns:
             Frames, seed, settings, stage times and memory.
 
         Raises:
             RequestError: a setting is invalid, or the request does not fit in memory.
+            CancelledError: `cancel` was set; the pipeline can be called again.
             EngineError: an engine failed or gave values that are not finite.
         """
         request = make_request(
@@ -152,20 +179,20 @@ class TextToVideoPipeline:
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            cfg_zero_star=cfg_zero_star,
+            zero_init_steps=zero_init_steps,
+            guidance_batch=guidance_batch,
+            step_cache=step_cache,
+            timesteps=timesteps,
+            sigmas=sigmas,
         )
-        self.check_memory(request, kept_frames=0 if output_type == "latent" else request.batch * request.num_frames)
-        run = self._run(request, callback_on_step_end, callback_on_step_end_tensor_inputs, progress)
-        sampled = run.sample(generator)
-        frames: Any = sampled if output_type == "latent" else collect(run, sampled, output_type)
-        seeds = list(request.seeds)
-        return TextToVideoOutput(
-            frames=frames,
-            seed=None if not seeds else seeds[0] if len(seeds) == 1 else seeds,
-            settings=request.settings(run.scheduler_settings),
-            stage_seconds=run.seconds,
-            step_calls=tuple(run.step_calls),
-            peak_rss_bytes=platform.peak_rss_bytes(),
+        kept_frames = 0 if output_type == "latent" else request.batch * request.num_frames
+        run = self._run(
+            request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
         )
+        return make_output(run, generator)
 
     generate = __call__
 
@@ -178,6 +205,7 @@ class TextToVideoPipeline:
         generator: Generator | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cancel: threading.Event | None = None,
         **settings: Any,
     ) -> FrameStream:
         """Makes one video and yields its frames as the VAE decodes them; only one chunk is held at a time.
@@ -189,6 +217,7 @@ class TextToVideoPipeline:
             generator: instead of seed.
             callback_on_step_end: as in the call.
             callback_on_step_end_tensor_inputs: as in the call.
+            cancel: as in the call; checked on the way, so the next frame asked for raises CancelledError.
             settings: the call's other arguments.
 
         Returns:
@@ -203,9 +232,39 @@ class TextToVideoPipeline:
             raise RequestError(
                 f"stream makes one video of output_type np or uint8; {request.batch} of {output_type!r} were asked for"
             )
-        self.check_memory(request, kept_frames=self.manifest.model.temporal_factor)
-        run = self._run(request, callback_on_step_end, callback_on_step_end_tensor_inputs, progress)
+        kept_frames = self.manifest.model.temporal_factor
+        run = self._run(
+            request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
+        )
         return FrameStream(run, generator)
+
+    def choose_guidance_batch(self, request: Request, kept_frames: int) -> Request:
+        """Decides where the request does not say whether both predictions of a step are made in one batch.
+
+        Args:
+            request: whose `guidance_batch` may be None.
+            kept_frames: frames that are held at once.
+
+        Returns:
+            The request with `guidance_batch` True or False: one batch where it was asked for, or where it is faster and
+            fits in memory.
+        """
+        together = request.guidance_batch
+        if not request.guidance.needs_negative:
+            together = False
+        if together is None:
+            _, _, frames, rows, columns = self.latent_shape(request)
+            depth, height, width = self.manifest.model.patch
+            tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
+            together = one_batch_is_faster(self.provider, tokens) and self._fits(request, kept_frames)
+        return replace(request, guidance_batch=together)
+
+    def _fits(self, request: Request, kept_frames: int) -> bool:
+        try:
+            self.check_memory(replace(request, guidance_batch=True), kept_frames)
+        except RequestError:
+            return False
+        return True
 
     def check_memory(self, request: Request, kept_frames: int) -> None:
         """Refuses a request that cannot fit, before anything is allocated; `kept_frames` are held at once.
@@ -213,11 +272,18 @@ class TextToVideoPipeline:
         Raises:
             RequestError: more is needed than there is, or than the budget allows.
         """
-        shape = self.latent_shape(request)
-        needed = memory.estimate(self.manifest, shape, kept_frames)
+        needed = self._estimate(request, kept_frames)
         memory.check_fits(needed, platform.available_memory_bytes(), "the memory available")
         if self.vram_budget is not None:
-            memory.check_fits(memory.estimate(self.manifest, shape, 0), self.vram_budget, "the budget")
+            memory.check_fits(self._estimate(request, 0), self.vram_budget, "the budget")
+
+    def _estimate(self, request: Request, kept_frames: int) -> memory.MemoryEstimate:
+        batch, *sizes = self.latent_shape(request)
+        needed = memory.estimate(self.manifest, (batch, *sizes), kept_frames)
+        if not request.guidance_batch:
+            return needed
+        doubled = memory.estimate(self.manifest, (2 * batch, *sizes), kept_frames)
+        return replace(needed, denoise=doubled.denoise)
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """(B, C, F, H, W) of a request's latents."""
@@ -233,12 +299,35 @@ class TextToVideoPipeline:
         """Decodes one video's latents; see `Stages.decode`."""
         return self.stages.decode(latents, progress)
 
+    def preview(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
+        """A quick look at latents, for `callback_on_step_end`; see `t2v_rt.runtime.preview`.
+
+        Args:
+            latents: float (B, C, F, h, w), at any step.
+
+        Returns:
+            uint8 (B, F, h, w, 3), one small image for each latent frame.
+
+        Raises:
+            RequestError: not such an array.
+            EngineError: the VAE failed.
+        """
+        return preview(self.stages, check_latents(self.manifest.model, latents))
+
     def _run(
-        self, request: Request, callback: StepCallback | None, names: Sequence[str], progress: Progress | None
+        self,
+        request: Request,
+        kept_frames: int,
+        callback: StepCallback | None,
+        names: Sequence[str],
+        progress: Progress | None,
+        cancel: threading.Event | None,
     ) -> Run:
-        """A run on its own copy of the scheduler."""
+        """A run of a request that fits, on its own copy of the scheduler."""
+        request = self.choose_guidance_batch(request, kept_frames)
+        self.check_memory(request, kept_frames)
         bound = None if callback is None else partial(callback, self)
-        return Run(self.stages, self.scheduler.copy(), request, bound, names, progress)
+        return Run(self.stages, self.scheduler.copy(), request, bound, names, progress, cancel)
 
     def close(self) -> None:
         """Releases all engines; a later call loads them again."""

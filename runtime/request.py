@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import Manifest
+from t2v_rt.engines.manifest import Manifest, ModelSpec
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.noise import Generator, check_seed
+from t2v_rt.runtime.guidance import WHOLE, Guidance, is_number
+from t2v_rt.runtime.noise import Generator, check_seed, randn_for
 from t2v_rt.runtime.scheduler_base import check_steps
+from t2v_rt.runtime.step_cache import check_threshold
 
 OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
+ZERO_INIT_STEPS = 1  # of CFG-Zero*; its paper zeroes the first 4 % of the steps, diffusers' guider one
 SEED_BITS = 32  # of a seed that is drawn because none was given
 Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
@@ -34,13 +36,17 @@ class Request:
         width: in pixels.
         num_frames: of the video.
         num_inference_steps: steps of the scheduler.
-        guidance_scale: classifier-free guidance; at 1 or less there is no second denoiser call.
+        guidance: how conditional and unconditional predictions become one.
         num_videos_per_prompt: videos of each prompt.
         seeds: one for all videos, or one per video; empty where generators or latents are given.
         output_type: of the frames.
         prompt_embeds: float32 (B, L, D) instead of prompts.
         negative_prompt_embeds: float32 (B, L, D) instead of negative prompts.
         latents: float32 (B, C, F, H, W) to start from instead of noise.
+        guidance_batch: whether both predictions of a step are made in one batch; None until that is chosen.
+        step_cache: threshold of the step cache; 0 turns it off.
+        timesteps: of the schedule, instead of the scheduler's own.
+        sigmas: likewise.
     """
 
     prompts: tuple[str, ...]
@@ -49,13 +55,17 @@ class Request:
     width: int
     num_frames: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance: Guidance
     num_videos_per_prompt: int = 1
     seeds: tuple[int, ...] = ()
     output_type: str = "np"
     prompt_embeds: Array | None = field(default=None, repr=False)
     negative_prompt_embeds: Array | None = field(default=None, repr=False)
     latents: Array | None = field(default=None, repr=False)
+    guidance_batch: bool | None = None
+    step_cache: float = 0.0
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def batch(self) -> int:
@@ -74,7 +84,11 @@ class Request:
             "width": self.width,
             "num_frames": self.num_frames,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
+            "sigmas": None if self.sigmas is None else list(self.sigmas),
+            **self.guidance.settings(),
+            "guidance_batch": self.guidance_batch,
+            "step_cache": self.step_cache,
             "scheduler": dict(scheduler),
         }
 
@@ -96,55 +110,72 @@ def make_request(
     prompt_embeds: NDArray[Any] | None = None,
     negative_prompt_embeds: NDArray[Any] | None = None,
     output_type: str = "np",
+    guidance_rescale: float = 0.0,
+    guidance_interval: Sequence[float] | None = None,
+    cfg_zero_star: bool = False,
+    zero_init_steps: int | None = None,
+    guidance_batch: bool | None = None,
+    step_cache: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Request:
     """Validates a call and fills in the bundle's defaults; the arguments are those of the pipeline's call.
 
     Raises:
         RequestError: a setting is invalid, or two of them contradict each other.
     """
-    model, defaults = manifest.model, manifest.defaults
+    defaults = manifest.defaults
     if output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
     start = None if latents is None else _floats("latents", latents, 5)
-    if start is not None:
-        height, width, num_frames = _sizes_of(start, manifest, height, width, num_frames)
-    height = _positive("height", height, defaults.height)
-    width = _positive("width", width, defaults.width)
-    num_frames = _positive("num_frames", num_frames, defaults.num_frames)
-    wan.check_size(model, height, width, num_frames)
+    height, width, num_frames = _sizes(manifest, start, height, width, num_frames)
+    custom: dict[str, Any] = {"timesteps": _levels("timesteps", timesteps), "sigmas": _levels("sigmas", sigmas)}
+    steps = _steps(defaults.num_inference_steps, num_inference_steps, custom)
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    _check_guidance(scale)
-    prompts, embeds = _text("prompt", prompt, prompt_embeds, model.text_dim)
-    if not prompts and embeds is None:
-        raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
-    count = len(prompts) if embeds is None else len(embeds)
-    negatives, negative_embeds = _text("negative_prompt", negative_prompt, negative_prompt_embeds, model.text_dim)
-    if negative_embeds is None:
-        negatives = negatives or (defaults.negative_prompt,)
-        negatives = negatives * count if len(negatives) == 1 else negatives
-    found = len(negatives) if negative_embeds is None else len(negative_embeds)
-    if found != count:
-        raise RequestError(f"{found} of negative_prompt were given for {count} prompts; give one, or one for each")
+    guidance = make_guidance(scale, guidance_rescale, guidance_interval, cfg_zero_star, zero_init_steps)
+    count, texts = _texts(manifest, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
     videos = count * _positive("num_videos_per_prompt", num_videos_per_prompt, 1)
     if start is not None and len(start) != videos:
         raise RequestError(f"latents hold {len(start)} videos, the request {videos}; give one for each")
     return Request(
-        prompts=prompts,
-        negative_prompts=negatives,
         height=height,
         width=width,
         num_frames=num_frames,
-        num_inference_steps=check_steps(
-            defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        ),
-        guidance_scale=float(scale),
+        num_inference_steps=steps,
+        guidance=guidance,
         num_videos_per_prompt=num_videos_per_prompt,
         seeds=_seeds(seed, videos, drawn=generator is not None or start is not None),
         output_type=output_type,
-        prompt_embeds=embeds,
-        negative_prompt_embeds=negative_embeds,
         latents=start,
+        guidance_batch=_switch("guidance_batch", guidance_batch),
+        step_cache=check_threshold(step_cache),
+        **texts,
+        **custom,
     )
+
+
+def make_guidance(
+    scale: float, rescale: float, interval: Sequence[float] | None, cfg_zero_star: bool, zero_init_steps: int | None
+) -> Guidance:
+    """The guidance that a call's arguments describe; what is None takes its default.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    if zero_init_steps is None:
+        zero_init_steps = ZERO_INIT_STEPS if cfg_zero_star is True else 0
+    whole = WHOLE if interval is None else interval
+    return Guidance(scale, rescale, whole, cfg_zero_star, zero_init_steps)  # type: ignore[arg-type]  # checked there
+
+
+def check_latents(model: ModelSpec, latents: NDArray[Any]) -> Array:
+    """Returns latents as float32 (B, C, F, h, w); raises RequestError where they are not the model's."""
+    array = _floats("latents", latents, 5)
+    if array.shape[1] != model.latent_channels or 0 in array.shape:
+        raise RequestError(
+            f"latents has shape {list(array.shape)}; expected (videos, {model.latent_channels}, frames, …)"
+        )
+    return array
 
 
 def make_noise(
@@ -174,14 +205,37 @@ def make_noise(
             raise RequestError(f"{len(generators)} generators were given for {shape[0]} videos; give one, or one each")
     if request.latents is not None:
         return request.latents.copy(), generators
-    if len(generators) == 1:
-        return generators[0].randn(shape), generators
-    return np.concatenate([item.randn((1, *shape[1:])) for item in generators]), generators
+    return randn_for(shape, generators), generators
 
 
-def _check_guidance(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise RequestError(f"guidance_scale is {scale!r}; expected a finite number of 0 or more (1 turns guidance off)")
+def _steps(default: int, asked: int | None, custom: Mapping[str, Sequence[float] | None]) -> int:
+    """Steps of the request: as many as there are custom timesteps or sigmas, where there are any."""
+    given = {name: values for name, values in custom.items() if values is not None}
+    if len(given) > 1:
+        raise RequestError("timesteps and sigmas were both given; give one of them")
+    for name, values in given.items():
+        if asked is not None:
+            raise RequestError(
+                f"{len(values)} {name} and num_inference_steps {asked!r} were both given; leave num_inference_steps out"
+            )
+        return check_steps(len(values))
+    return check_steps(default if asked is None else asked)
+
+
+def _levels(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Custom timesteps or sigmas; that they fall, and suit the scheduler, is for the scheduler to say."""
+    if values is None:
+        return None
+    items = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
+    if not items or not all(is_number(item) or isinstance(item, np.integer) for item in items):
+        raise RequestError(f"{name} is {values!r}; expected a list of numbers, such as [1000, 750, 500, 250]")
+    return tuple(float(item) for item in items)
+
+
+def _switch(name: str, value: bool | None) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}; expected True, False, or None to let it be chosen")
+    return value
 
 
 def _positive(name: str, value: int | None, default: int) -> int:
@@ -198,6 +252,34 @@ def _seeds(seed: int | Sequence[int] | None, videos: int, *, drawn: bool) -> tup
     if len(seeds) not in (1, videos):
         raise RequestError(f"{len(seeds)} seeds were given for {videos} videos; give one, or one for each")
     return tuple(check_seed(item) for item in seeds)  # type: ignore[arg-type]
+
+
+def _texts(
+    manifest: Manifest,
+    prompt: Prompt | None,
+    prompt_embeds: NDArray[Any] | None,
+    negative_prompt: Prompt | None,
+    negative_prompt_embeds: NDArray[Any] | None,
+) -> tuple[int, dict[str, Any]]:
+    """The number of prompts, and the request's fields about them: a negative one for each."""
+    dim = manifest.model.text_dim
+    prompts, embeds = _text("prompt", prompt, prompt_embeds, dim)
+    if not prompts and embeds is None:
+        raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
+    count = len(prompts) if embeds is None else len(embeds)
+    negatives, negative_embeds = _text("negative_prompt", negative_prompt, negative_prompt_embeds, dim)
+    if negative_embeds is None:
+        negatives = negatives or (manifest.defaults.negative_prompt,)
+        negatives = negatives * count if len(negatives) == 1 else negatives
+    found = len(negatives) if negative_embeds is None else len(negative_embeds)
+    if found != count:
+        raise RequestError(f"{found} of negative_prompt were given for {count} prompts; give one, or one for each")
+    return count, {
+        "prompts": prompts,
+        "negative_prompts": negatives,
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative_embeds,
+    }
 
 
 def _text(
@@ -222,9 +304,24 @@ def _floats(name: str, array: NDArray[Any], dims: int) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != dims or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise RequestError(f"{name} is {found}; expected a floating-point NumPy array of {dims} dimensions")
-    if not np.all(np.isfinite(array)):
-        raise RequestError(f"{name} holds values that are not finite")
-    return np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused here
+        floats = np.ascontiguousarray(array, np.float32)
+    if not np.all(np.isfinite(floats)):
+        raise RequestError(f"{name} holds values that are not finite in float32; give finite ones")
+    return floats
+
+
+def _sizes(
+    manifest: Manifest, latents: Array | None, height: int | None, width: int | None, num_frames: int | None
+) -> tuple[int, int, int]:
+    """Height, width and frames: those of the latents, those asked for, or the bundle's."""
+    if latents is not None:
+        height, width, num_frames = _sizes_of(latents, manifest, height, width, num_frames)
+    height = _positive("height", height, manifest.defaults.height)
+    width = _positive("width", width, manifest.defaults.width)
+    num_frames = _positive("num_frames", num_frames, manifest.defaults.num_frames)
+    wan.check_size(manifest.model, height, width, num_frames)
+    return height, width, num_frames
 
 
 def _sizes_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,47 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.contract import Component
+from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.cancel import check_cancelled, check_event
+from t2v_rt.runtime.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.encoder import check_finite
-from t2v_rt.runtime.guidance import guide, uses_guidance
 from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.request import Request, make_noise
 from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.step_cache import StepCache
 
 Array = NDArray[np.float32]
 Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-
-
-class Prompts:
-    """The prompt embeddings of a run, and once for all steps what the denoiser takes of them.
-
-    Args:
-        embeds: float32 (B, L, D).
-        negative_embeds: likewise, or None without guidance.
-    """
-
-    def __init__(self, embeds: Array, negative_embeds: Array | None) -> None:
-        self.embeds = embeds
-        self.negative_embeds = negative_embeds
-        self.conditional = wan.text_context(embeds)
-        self.unconditional = None if negative_embeds is None else wan.text_context(negative_embeds)
-
-
-def _predict(denoiser: Component, sample: Array, t: float, context: wan.TextContext) -> Array:
-    """One denoiser call for all videos of the batch."""
-    prediction: Array = denoiser["model"].infer(
-        {
-            "hidden_states": np.ascontiguousarray(sample, np.float32),
-            "timestep": np.full(len(sample), t, np.float32),
-            "encoder_hidden_states": context.embeds,
-            "encoder_attention_bias": context.bias,
-        }
-    )["noise_pred"]
-    return prediction
 
 
 class Run:
@@ -63,6 +39,10 @@ class Run:
         callback: called as `f(step, timestep, tensors)` at each step's end, or None.
         callback_tensors: names of the tensors the callback is given.
         progress: of all stages, or None.
+        cancel: stops the run where it is set, or None.
+
+    Raises:
+        RequestError: an unknown callback tensor, no event, or timesteps or sigmas that the scheduler does not take.
     """
 
     def __init__(
@@ -73,6 +53,7 @@ class Run:
         callback: Callback | None = None,
         callback_tensors: Sequence[str] = (),
         progress: Progress | None = None,
+        cancel: threading.Event | None = None,
     ) -> None:
         unknown = set(callback_tensors) - set(CALLBACK_TENSORS)
         if unknown:
@@ -85,9 +66,17 @@ class Run:
         self._callback = callback
         self._callback_tensors = tuple(callback_tensors)
         self._progress = progress or (lambda stage, done, total: None)
+        self._cancel = check_event(cancel)
         self.scheduler_settings = self._scheduler.settings()
+        _set_timesteps(scheduler, request)
+        self._cache = StepCache(request.step_cache, len(scheduler.timesteps))
         self.seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.step_calls: list[int] = []
+
+    @property
+    def skipped_calls(self) -> int:
+        """Denoiser predictions that the step cache has avoided so far."""
+        return self._cache.skipped
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -103,7 +92,7 @@ class Run:
             conditional, unconditional = self._encode()
         with self._timed("denoise"):
             latents, generators = make_noise(self.request, self._latent_shape(), generator)
-            return self._denoise(latents, conditional, unconditional, generators)
+            return self._denoise(latents, Prompts(conditional, unconditional), generators)
 
     def _latent_shape(self) -> tuple[int, ...]:
         request = self.request
@@ -113,11 +102,12 @@ class Run:
     def _encode(self) -> tuple[Array, Array | None]:
         """Conditional and, with guidance, unconditional embeddings, one row per video."""
         request = self.request
+        check_cancelled(self._cancel, "encode")
         self._progress("encode", 0, 1)
         conditional, unconditional = request.prompt_embeds, None
         if conditional is None:
             conditional = self._stages.encode_prompt(request.prompts)
-        if uses_guidance(request.guidance_scale):
+        if request.guidance.needs_negative:
             unconditional = request.negative_prompt_embeds
             if unconditional is None:
                 unconditional = self._stages.encode_prompt(request.negative_prompts)
@@ -125,58 +115,90 @@ class Run:
         self._progress("encode", 1, 1)
         return np.repeat(conditional, request.num_videos_per_prompt, 0), unconditional
 
-    def _denoise(
-        self, latents: Array, conditional: Array, unconditional: Array | None, generators: list[Generator]
-    ) -> Array:
-        request, scheduler = self.request, self._scheduler
-        scheduler.set_timesteps(request.num_inference_steps)
+    def _denoise(self, latents: Array, prompts: Prompts, generators: list[Generator]) -> Array:
+        guidance, scheduler, cache = self.request.guidance, self._scheduler, self._cache
+        generator = generators[0] if len(generators) == 1 else generators or None
+        count = len(scheduler.timesteps)  # some samplers ask for more predictions than they make steps
         latents = latents * np.float32(scheduler.init_noise_sigma)
-        generator = generators[0] if generators else None
-        prompts = Prompts(conditional, unconditional)
-        with self._stages.stage("transformer") as denoiser:
+        with self._stages.stage("transformer") as component:
+            denoiser = Denoiser(component, prompts, bool(self.request.guidance_batch), self._cancel)
             for i, t in enumerate(scheduler.timesteps):
+                # 1. the denoiser's input, and how many predictions guidance makes of it: none, one or two
+                check_cancelled(self._cancel, "denoise")
                 sample = scheduler.scale_model_input(latents, t)
-                prediction = _predict(denoiser, sample, t, prompts.conditional)
-                if prompts.unconditional is not None:
-                    against = _predict(denoiser, sample, t, prompts.unconditional)
-                    prediction = guide(prediction, against, request.guidance_scale)
+                passes = guidance.passes(i, count)
+                # 2. the predictions: those of the step cache where they will do, else the denoiser's
+                reused = cache.reuse(i, sample, passes) if passes else ()
+                predictions = denoiser.predict(sample, t, passes) if reused is None else reused
+                if reused is None:
+                    cache.keep(sample, predictions)
+                self.step_calls.append(passes if reused is None else 0)
+                # 3. guidance, and the sampler's step
+                prediction = guidance.combine(predictions) if passes else np.zeros_like(sample)
                 check_finite(prediction, "denoise", f"step {i + 1} of the denoiser")
                 latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
-                self.step_calls.append(1 if prompts.unconditional is None else 2)
+                # 4. the caller's turn: to look, to change tensors, to cancel
                 if self._callback is not None:
-                    latents, prompts = self._call_back(i, t, latents, prompts)
-                self._progress("denoise", i + 1, len(scheduler.timesteps))
+                    latents, denoiser.prompts = self._call_back(i, t, latents, denoiser.prompts)
+                self._progress("denoise", i + 1, count)
         return latents
 
     def _call_back(self, step: int, t: float, latents: Array, prompts: Prompts) -> tuple[Array, Prompts]:
         assert self._callback is not None
         tensors = dict(zip(CALLBACK_TENSORS, (latents, prompts.embeds, prompts.negative_embeds), strict=True))
         given = {name: tensors[name] for name in self._callback_tensors}
-        returned = self._callback(step, t, given) or {}
-        changed = dict(tensors)
-        for name, value in returned.items():
-            old = tensors.get(name)
-            if old is None or np.shape(value) != old.shape:
-                raise RequestError(
-                    f"the step callback returned {name!r} of shape {list(np.shape(value))}; expected "
-                    f"{list(old.shape) if old is not None else ', '.join(CALLBACK_TENSORS)}"
-                )
-            changed[name] = np.ascontiguousarray(value, np.float32)
+        changed = _changed_tensors(self._callback(step, t, given), tensors)
         moved, embeds, negative = (changed[name] for name in CALLBACK_TENSORS)
         assert moved is not None
         assert embeds is not None
-        same = embeds is prompts.embeds and negative is prompts.negative_embeds
-        return moved, prompts if same else Prompts(embeds, negative)
+        if embeds is prompts.embeds and negative is prompts.negative_embeds:
+            return moved, prompts
+        self._cache.forget()  # what it kept was the answer to another prompt
+        return moved, Prompts(embeds, negative)
 
     def chunks(self, latents: Array) -> Iterator[Array]:
         """Decodes one video's latents; chunks (f, H, W, 3) float32, the time of decoding counted."""
-        chunks = self._stages.decode(latents, self._progress)
+        chunks = self._stages.decode(latents, self._progress, self._cancel)
         while True:
             with self._timed("decode"):
                 chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
+
+
+def _set_timesteps(scheduler: Scheduler[Any], request: Request) -> None:
+    """Prepares the schedule; that is done before anything else so that a refusal costs nothing."""
+    if request.timesteps is not None:
+        scheduler.set_timesteps(num_inference_steps=None, timesteps=list(request.timesteps))
+    elif request.sigmas is not None:
+        scheduler.set_timesteps(num_inference_steps=None, sigmas=list(request.sigmas))
+    else:
+        scheduler.set_timesteps(request.num_inference_steps)
+
+
+def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict[str, Array | None]:
+    """A step's tensors after its callback: what that returned, as float32, in the place of the old ones.
+
+    Raises:
+        RequestError: not a mapping, an unknown name, another shape, or values that are not finite numbers.
+    """
+    if returned is not None and not isinstance(returned, Mapping):
+        raise RequestError(f"the step callback returned a {type(returned).__name__}; expected a dict, or None")
+    changed = dict(tensors)
+    for name, value in (returned or {}).items():
+        old, array = tensors.get(name), np.asarray(value)
+        if old is None or array.shape != old.shape or array.dtype.kind not in "fiu":
+            raise RequestError(
+                f"the step callback returned {name!r} of shape {list(array.shape)} and dtype {array.dtype}; expected "
+                f"{f'numbers of shape {list(old.shape)}' if old is not None else ', '.join(CALLBACK_TENSORS)}"
+            )
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            changed[name] = np.ascontiguousarray(array, np.float32)
+    for name in {"latents", *(returned or {})}:  # latents may also have been changed in place
+        if not np.all(np.isfinite(changed[name])):  # type: ignore[arg-type]
+            raise RequestError(f"the step callback left {name!r} with values that are not finite; return finite ones")
+    return changed
 
 
 class FrameStream(Iterator[NDArray[Any]]):
@@ -207,8 +229,13 @@ class FrameStream(Iterator[NDArray[Any]]):
 
     @property
     def step_calls(self) -> tuple[int, ...]:
-        """Denoiser calls of each step so far."""
+        """Denoiser predictions made in each step so far."""
         return tuple(self._run.step_calls)
+
+    @property
+    def skipped_calls(self) -> int:
+        """Denoiser predictions that the step cache has avoided so far."""
+        return self._run.skipped_calls
 
     def __next__(self) -> NDArray[Any]:
         return next(self._frames)
@@ -226,6 +253,23 @@ class FrameStream(Iterator[NDArray[Any]]):
     def close(self) -> None:
         """Ends the video early and releases its state."""
         self._frames.close()  # type: ignore[attr-defined]
+
+
+def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> TextToVideoOutput:
+    """Carries a run out, and gathers what a call gives back."""
+    latents = run.sample(generator)
+    request, kind = run.request, run.request.output_type
+    frames: Any = latents if kind == "latent" else collect(run, latents, kind)
+    seeds = list(request.seeds)
+    return TextToVideoOutput(
+        frames=frames,
+        seed=None if not seeds else seeds[0] if len(seeds) == 1 else seeds,
+        settings=request.settings(run.scheduler_settings),
+        stage_seconds=run.seconds,
+        step_calls=tuple(run.step_calls),
+        skipped_calls=run.skipped_calls,
+        peak_rss_bytes=platform.peak_rss_bytes(),
+    )
 
 
 def collect(run: Run, latents: Array, output_type: str) -> Any:

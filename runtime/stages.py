@@ -13,6 +13,7 @@ from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.prompt import PromptTokenizer
 
@@ -49,24 +50,30 @@ class Stages:
             if not self._keep:
                 self.release("text_encoder")
 
-    def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
+    def decode(
+        self, latents: Array, progress: Progress | None = None, cancel: threading.Event | None = None
+    ) -> Iterator[Array]:
         """Decodes one video's latents, one latent frame at a time.
 
         Args:
             latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
             progress: called as `f("decode", done, total)`.
+            cancel: looked at before each chunk, or None.
 
         Returns:
             An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
 
         Raises:
+            CancelledError: `cancel` was set.
             EngineError: the VAE failed or gave values that are not finite.
         """
         model = self.manifest.model
         _, _, count, height, width = latents.shape
+        check_cancelled(cancel, "decode")
         with self.stage("vae_decoder") as vae:
             state = vae.new_state(height=height, width=width)
             for i in range(count):
+                check_cancelled(cancel, "decode")
                 chunk = wan.denormalize(model, latents[:, :, i])
                 engine = vae["first" if i == 0 else "next"]
                 frames = engine.infer({"latents": np.ascontiguousarray(chunk)}, state)["frames"]

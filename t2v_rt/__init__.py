@@ -5,7 +5,16 @@ from __future__ import annotations
 from importlib import metadata
 
 from t2v_rt.build import build_engines
-from t2v_rt.errors import BackendError, BundleError, CheckpointError, EngineError, InputError, RequestError, T2VError
+from t2v_rt.errors import (
+    BackendError,
+    BundleError,
+    CancelledError,
+    CheckpointError,
+    EngineError,
+    InputError,
+    RequestError,
+    T2VError,
+)
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
@@ -14,6 +23,7 @@ __version__ = metadata.version("t2v-rt")
 __all__ = [
     "BackendError",
     "BundleError",
+    "CancelledError",
     "CheckpointError",
     "EngineError",
     "InputError",

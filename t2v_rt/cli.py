@@ -103,6 +103,14 @@ def _add_generate(commands: Any) -> None:
     add("--fps", type=float, help="frames per second of the file")
     add("--num-inference-steps", type=int, help="denoising steps")
     add("--guidance-scale", type=float, help="1 turns guidance off")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1, against over-exposure by high guidance")
+    add("--guidance-interval", type=numbers, metavar="START,STOP", help="fractions of the steps that are guided")
+    add("--cfg-zero-star", action="store_true", help="CFG-Zero* guidance")
+    add("--zero-init-steps", type=int, help="first steps that predict zero under --cfg-zero-star (1)")
+    add("--guidance-batch", choices=("auto", "on", "off"), default="auto", help="both predictions in one batch, or not")
+    add("--step-cache", type=float, metavar="THRESHOLD", help="reuse predictions; 0 is off, 0.05 a start")
+    add("--timesteps", type=numbers, metavar="T,T,…", help="the schedule itself, such as 1000,750,500,250")
+    add("--sigmas", type=numbers, metavar="S,S,…", help="likewise, as noise levels")
     add("--scheduler", metavar="NAME", help="unipc, euler …; the checkpoint's own where it is left out")
     add("--flow-shift", type=float, help="shift of the noise schedule")
     add("--backend", help="must be the one that the bundle was built for")
@@ -110,8 +118,17 @@ def _add_generate(commands: Any) -> None:
     add("--threads", type=int, help="threads per engine; all cores where it is left out")
     add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
     add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
+    add("--preview", metavar="FILE", help="a png that is written anew after each step")
     add("--save-latents", metavar="FILE", help="keep what was sampled (.npz); without --output, stop there")
     add("--from-latents", metavar="FILE", help="decode what --save-latents kept, instead of a prompt")
+
+
+def numbers(text: str) -> list[float]:
+    """Reads `1000,750,500` for argparse."""
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1000,750,500") from None
 
 
 def _add_inspect(commands: Any) -> None:

@@ -6,7 +6,8 @@
     │   ├── CheckpointError   a diffusers folder that cannot be exported
     │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
     │   └── BackendError      a backend that is unknown, not installed or not usable here
-    └── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
+    ├── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
+    └── CancelledError        a request that was stopped by the caller's own event (exit code 130)
 
 Every message is one line: what was found, what was expected, what to do.
 """
@@ -47,3 +48,9 @@ class BackendError(InputError):
 
 class EngineError(T2VError, RuntimeError):
     """An engine failed, or returned values that are not finite."""
+
+
+class CancelledError(T2VError):
+    """A request was stopped by its `cancel` event."""
+
+    exit_code = 130

@@ -16,7 +16,7 @@ from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
-from t2v_rt.runtime.pipeline import TextToVideoPipeline
+from t2v_rt.runtime.pipeline import StepCallback, TextToVideoPipeline
 from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write_png
@@ -24,6 +24,7 @@ from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
 SHEET_COLUMNS = 6
+GUIDANCE_BATCH = {"auto": None, "on": True, "off": False}
 
 
 def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         **metadata,
         "stage_seconds": {**stages, "write": seconds["write"]},
         "step_calls": list(stream.step_calls) if stream else [],
+        "skipped_calls": stream.skipped_calls if stream else 0,
         "peak_rss_bytes": platform.peak_rss_bytes(),
     }
 
@@ -85,6 +87,18 @@ def _check_options(options: argparse.Namespace) -> None:
         check_latents_path(options.save_latents)
     if options.contact_sheet is not None:
         platform.check_writable_parent(Path(options.contact_sheet))
+    if options.preview is not None:
+        if options.from_latents is not None:
+            raise RequestError("--preview shows the steps of sampling, --from-latents has none; leave one of them out")
+        _check_image_path(options.preview)
+
+
+def _check_image_path(path: str) -> None:
+    """Refuses, before any work, a path that no png can be written to."""
+    target = Path(path)
+    if target.suffix.lower() != ".png" or target.is_dir():
+        raise RequestError(f"{target} is not the name of a png file; give one that ends in .png")
+    platform.check_writable_parent(target)
 
 
 def _set_scheduler(pipe: TextToVideoPipeline, options: argparse.Namespace) -> None:
@@ -108,10 +122,29 @@ def _start(pipe: TextToVideoPipeline, options: argparse.Namespace, progress: Pro
         num_frames=options.num_frames,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+        cfg_zero_star=options.cfg_zero_star,
+        zero_init_steps=options.zero_init_steps,
+        guidance_batch=GUIDANCE_BATCH[options.guidance_batch],
+        step_cache=options.step_cache,
+        timesteps=options.timesteps,
+        sigmas=options.sigmas,
         seed=options.seed,
         output_type="uint8",
         progress=progress,
+        callback_on_step_end=None if options.preview is None else _preview_writer(Path(options.preview)),
     )
+
+
+def _preview_writer(path: Path) -> StepCallback:
+    """A step callback that writes the video as it stands: one image for each latent frame, in the video's size."""
+
+    def write(pipe: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
+        frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.spatial_factor
+        write_png(path, contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS))
+
+    return write
 
 
 def _sample_only(pipe: TextToVideoPipeline, options: argparse.Namespace, stream: FrameStream) -> dict[str, Any]:
@@ -123,6 +156,7 @@ def _sample_only(pipe: TextToVideoPipeline, options: argparse.Namespace, stream:
         "bundle_id": pipe.manifest.bundle_id,
         "stage_seconds": dict(stream.stage_seconds),
         "step_calls": list(stream.step_calls),
+        "skipped_calls": stream.skipped_calls,
         "peak_rss_bytes": platform.peak_rss_bytes(),
     }
 

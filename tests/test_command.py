@@ -127,6 +127,35 @@ def test_sampling_and_decoding_apart(narrow: Tiny, tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
 
 
+def test_the_dials_of_sampling(narrow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = generate(narrow, tmp_path / "o.mp4", "--seed", "3", capsys=capsys)
+    assert plain["guidance_batch"] is True
+    assert plain["step_calls"] == [2] * 4
+    dials = ["--guidance-rescale", "0.5", "--guidance-interval", "0.2,0.9", "--cfg-zero-star", "--zero-init-steps", "1"]
+    schedule = ["--scheduler", "euler", "--sigmas", "1.0,0.8,0.6,0.5,0.4,0.3,0.2,0.1"]
+    others = ["--guidance-batch", "off", "--step-cache", "100"]
+    report = generate(narrow, tmp_path / "d.mp4", "--seed", "3", *dials, *schedule, *others, capsys=capsys)
+    assert report["step_calls"] == [0, 2, 2, 0, 0, 0, 0, 1]
+    assert report["skipped_calls"] == 8
+    expected = {
+        "guidance_rescale": 0.5,
+        "guidance_interval": [0.2, 0.9],
+        "cfg_zero_star": True,
+        "zero_init_steps": 1,
+        "guidance_batch": False,
+        "step_cache": 100.0,
+        "num_inference_steps": 8,
+        "timesteps": None,
+        "sigmas": [1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
+    }
+    assert {key: report[key] for key in expected} == expected
+    metadata = read_metadata(tmp_path / "d.mp4")
+    assert {key: metadata[key] for key in expected} == expected
+    assert "skipped_calls" not in metadata
+    report = generate(narrow, tmp_path / "t.mp4", "--scheduler", "euler", "--timesteps", "900,500", capsys=capsys)
+    assert report["timesteps"] == [900.0, 500.0]
+
+
 @pytest.mark.parametrize(
     "options",
     [

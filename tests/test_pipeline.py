@@ -11,10 +11,10 @@ import pytest
 
 from t2v_rt import EngineError, RequestError, TextToVideoPipeline
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.schedulers import UniPCMultistepScheduler
+from t2v_rt.runtime.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, get_scheduler
 from tests.conftest import Tiny
 
-BATCH_TOLERANCE = 1e-4  # a batch sums in another order than the videos one by one
+BATCH_TOLERANCE = 1e-5  # a batch sums in another order than the videos one by one
 
 
 def test_defaults_come_from_the_bundle(pipe: TextToVideoPipeline) -> None:
@@ -70,11 +70,35 @@ def test_output_types(pipe: TextToVideoPipeline) -> None:
     assert np.array_equal(np.concatenate(list(pipe.decode(latents))), floats[0])
 
 
-def test_several_videos(pipe: TextToVideoPipeline) -> None:
-    both = pipe("a ball", num_videos_per_prompt=2, seed=[3, 4]).frames
-    for video, seed in zip(both, (3, 4), strict=True):
-        assert np.abs(video - pipe("a ball", seed=seed).frames[0]).max() < BATCH_TOLERANCE
-    assert pipe(["a ball", "a cat"], num_videos_per_prompt=2, seed=1).frames.shape[0] == 4
+SAMPLERS = ("unipc", "euler", "dpm++", "lcm", "dpm++-sde")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_video_of_a_batch_is_the_one_it_would_be_alone(pipe: TextToVideoPipeline, sampler: str) -> None:
+    prompts, negatives, seeds = ["a red ball", "green cat runs over the dog"], ["lazy", "blue"], [3, 2**40 + 4, -5, 6]
+    saved = pipe.scheduler
+    pipe.scheduler = get_scheduler(sampler, saved.config)
+    try:
+        batch = pipe(prompts, negatives, num_videos_per_prompt=2, seed=seeds, output_type="latent")
+        drawn = pipe(prompts, negatives, num_videos_per_prompt=2, generator=list(map(Generator, seeds)))
+        for i, seed in enumerate(seeds):
+            alone = pipe(prompts[i // 2], negatives[i // 2], seed=seed, output_type="latent").frames[0]
+            assert np.abs(batch.frames[i] - alone).max() < BATCH_TOLERANCE
+            assert np.abs(drawn.frames[i] - next(iter(_decoded(pipe, alone)))).max() < BATCH_TOLERANCE
+    finally:
+        pipe.scheduler = saved
+    assert batch.seed == seeds
+    assert drawn.seed is None
+
+
+def _decoded(pipe: TextToVideoPipeline, latents: Any) -> Iterator[Any]:
+    yield np.concatenate(list(pipe.decode(latents[None])))
+
+
+def test_one_seed_draws_all_videos_in_one_go(pipe: TextToVideoPipeline) -> None:
+    noise = Generator(7).randn((2, 4, 2, 4, 6))
+    both = pipe("a ball", num_videos_per_prompt=2, seed=7).frames
+    assert np.array_equal(both, pipe("a ball", num_videos_per_prompt=2, latents=noise).frames)
 
 
 def test_streamed_frames_are_the_whole_video(pipe: TextToVideoPipeline) -> None:
@@ -106,6 +130,55 @@ def test_a_step_callback_sees_and_replaces_tensors(pipe: TextToVideoPipeline) ->
         pipe("a ball", callback_on_step_end=lambda *_: {"latents": np.zeros(3)})
     with pytest.raises(RequestError, match="callback tensors"):
         pipe("a ball", callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["noise"])
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": np.full((1, 4, 2, 4, 6), np.nan)}, "left 'latents' with values that are not finite"),
+        ({"latents": np.full((1, 4, 2, 4, 6), 1e300)}, "left 'latents' with values that are not finite"),
+        ({"latents": np.full((1, 4, 2, 4, 6), "x")}, "returned 'latents' of shape"),
+        ({"latents": None}, "returned 'latents' of shape"),
+        ({"noise": np.zeros(3)}, "returned 'noise' of shape"),
+        (np.zeros((1, 4, 2, 4, 6)), "returned a ndarray; expected a dict"),
+    ],
+)
+def test_what_a_step_callback_may_not_return(pipe: TextToVideoPipeline, returned: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipe("a ball", callback_on_step_end=lambda *_: returned)
+
+
+def test_latents_that_a_step_callback_spoils_in_place(pipe: TextToVideoPipeline) -> None:
+    with pytest.raises(RequestError, match="left 'latents' with values that are not finite"):
+        pipe("a ball", callback_on_step_end=lambda owner, step, t, tensors: tensors["latents"].fill(np.inf))
+
+
+def test_a_schedule_of_ones_own(pipe: TextToVideoPipeline) -> None:
+    seen: list[float] = []
+
+    def watch(owner: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
+        seen.append(float(t))
+
+    saved = pipe.scheduler
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    try:
+        request: dict[str, Any] = {"prompt": "a ball", "seed": 1, "callback_on_step_end": watch}
+        out = pipe(timesteps=[1000, 750.5, 500, 250], **request)
+        assert seen == [1000, 750.5, 500, 250]
+        assert out.step_calls == (2,) * 4
+        assert out.settings["timesteps"] == [1000.0, 750.5, 500.0, 250.0]
+        assert out.settings["num_inference_steps"] == 4
+        same = pipe(sigmas=np.array([1.0, 0.7505, 0.5, 0.25]), **request)
+        assert same.settings["sigmas"] == [1.0, 0.7505, 0.5, 0.25]
+        assert np.abs(same.frames - out.frames).max() < BATCH_TOLERANCE
+        stream = pipe.stream("a ball", timesteps=(900, 10))
+        assert stream.request.num_inference_steps == 2
+        with pytest.raises(RequestError, match="timesteps"):
+            pipe.stream("a ball", timesteps=[10, 900])  # refused before anything is made
+    finally:
+        pipe.scheduler = saved
+    with pytest.raises(RequestError, match="UniPCMultistepScheduler"):
+        pipe.stream("a ball", timesteps=[900, 10])
 
 
 def test_prompts_are_encoded_once(narrow: Tiny) -> None:
@@ -198,11 +271,20 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe: TextToVideoPipeline, caplog: 
         ({"prompt": "a", "seed": [1, 2]}, "2 seeds"),
         ({"prompt": "a", "generator": "x"}, "generator is a str"),
         ({"prompt": "a", "latents": np.full((1, 4, 2, 4, 6), np.nan, np.float32)}, "not finite"),
+        ({"prompt": "a", "latents": np.full((1, 4, 2, 4, 6), 1e300)}, "not finite"),
         ({"prompt": "a", "latents": np.zeros((1, 5, 2, 4, 6), np.float32)}, "channels"),
         ({"prompt": "a", "latents": np.zeros((4, 6), np.float32)}, "5 dimensions"),
         ({"prompt": "a", "latents": np.zeros((1, 4, 2, 4, 6), np.float32), "height": 64}, "another size"),
         ({"prompt_embeds": np.zeros((1, 4, 25), np.float32)}, "prompt_embeds has shape"),
         ({"prompt": "a", "num_videos_per_prompt": 0}, "num_videos_per_prompt"),
+        ({"prompt": "a", "timesteps": [900, 10], "sigmas": [0.9, 0.1]}, "timesteps and sigmas were both given"),
+        ({"prompt": "a", "timesteps": [900, 10], "num_inference_steps": 2}, "2 timesteps and num_inference_steps 2"),
+        ({"prompt": "a", "sigmas": [0.9], "num_inference_steps": 5}, "1 sigmas and num_inference_steps 5"),
+        ({"prompt": "a", "timesteps": []}, r"timesteps is \[\]; expected a list of numbers"),
+        ({"prompt": "a", "timesteps": "900"}, "timesteps is '900'"),
+        ({"prompt": "a", "timesteps": 900}, "timesteps is 900"),
+        ({"prompt": "a", "timesteps": [900, True]}, "timesteps is"),
+        ({"prompt": "a", "sigmas": [1.0, float("nan")]}, "sigmas is"),
     ],
 )
 def test_what_a_call_refuses(pipe: TextToVideoPipeline, settings: dict[str, Any], message: str) -> None:
