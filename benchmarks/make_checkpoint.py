@@ -1,0 +1,281 @@
+"""A Wan2.1 checkpoint of random weights in diffusers layout, of any size, for measuring without the real one.
+
+    python -m t2v_rt.benchmarks.make_checkpoint build/wan-random
+    python -m t2v_rt.benchmarks.make_checkpoint build/wan-random --dtype fp32 --set text_encoder.num_layers=24
+
+Networks have the sizes of Wan2.1-T2V-1.3B except for the text encoder, which is narrow but of the true output width.
+Tensors are written one after another in pieces, so memory stays small and a GB takes about a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.benchmarks.wan_tensors import Config, Tensor, text_encoder_tensors, transformer_tensors, vae_tensors
+from t2v_rt.errors import RequestError
+from t2v_rt.runtime.memory import parse_bytes
+
+PIECE = 8 << 20  # values generated at once
+SHARD = "5GB"  # as the published checkpoint is sharded
+# name in safetensors, unsigned type of the same width, mantissa bits, exponent bias
+DTYPES: Mapping[str, tuple[str, str, int, int]] = {
+    "fp32": ("F32", "<u4", 23, 127),
+    "fp16": ("F16", "<u2", 10, 15),
+    "bf16": ("BF16", "<u2", 7, 127),
+}
+MEAN_SQUARE = math.sqrt(7 / 3)  # root of the mean square of values spread evenly over [1, 2)
+CONFIGS: Mapping[str, Config] = {
+    "transformer": {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 8960,
+        "num_layers": 30,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+        "rope_max_seq_len": 1024,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+        "dropout": 0.0,
+        "latents_mean": [0.0] * 16,
+        "latents_std": [1.0] * 16,
+    },
+    "text_encoder": {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "vocab_size": 512,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 256,
+        "num_layers": 1,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "gated-gelu",
+        "is_gated_act": True,
+        "dense_act_fn": "gelu_new",
+        "layer_norm_epsilon": 1e-6,
+        "tie_word_embeddings": True,
+    },
+}
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+}
+INDEX = {
+    "_class_name": "WanPipeline",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+TENSORS: Mapping[str, tuple[str, Callable[[Config], Iterator[Tensor]]]] = {
+    "transformer": ("diffusion_pytorch_model", transformer_tensors),
+    "vae": ("diffusion_pytorch_model", vae_tensors),
+    "text_encoder": ("model", text_encoder_tensors),
+}
+
+
+def make_checkpoint(
+    folder: str | Path,
+    configs: Mapping[str, Config] = CONFIGS,
+    *,
+    dtype: str = "bf16",
+    shard_bytes: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes a checkpoint of random weights.
+
+    Values keep activations near one: a layer's weights have the mean square of 1 over its inputs, norms are in [1, 2).
+    Every tensor differs, or a builder would store equal ones once and sizes would mislead.
+
+    Args:
+        folder: to write; it must not exist yet.
+        configs: of `transformer`, `vae` and `text_encoder`, as their `config.json` has them.
+        dtype: of all tensors: `fp32`, `fp16` or `bf16`.
+        shard_bytes: largest weight file; None for the published checkpoint's 5 GB.
+        seed: of the weights.
+
+    Returns:
+        `output`, `bytes`, `seconds` and `seconds_per_gb`.
+
+    Raises:
+        RequestError: unknown dtype, or the folder exists.
+    """
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    target, start, written = Path(folder), time.perf_counter(), 0
+    if target.exists():
+        raise RequestError(f"{target} exists already; remove it, or choose another folder")
+    target.mkdir(parents=True)
+    generator = np.random.Generator(np.random.SFC64(seed))
+    for name, (stem, tensors) in TENSORS.items():
+        (target / name).mkdir()
+        _write_json(target / name / "config.json", configs[name])
+        written += _write_shards(target / name, stem, tensors(configs[name]), dtype, shard_bytes, generator)
+    _write_json(target / "model_index.json", INDEX)
+    (target / "scheduler").mkdir()
+    _write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_tokenizer(target / "tokenizer", configs["text_encoder"]["vocab_size"])
+    seconds = time.perf_counter() - start
+    return {"output": str(target), "bytes": written, "seconds": seconds, "seconds_per_gb": seconds / written * 1e9}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Iterable[Tensor],
+    dtype: str,
+    shard_bytes: int | None,
+    generator: np.random.Generator,
+) -> int:
+    """One safetensors file, or several with an index; returns their bytes."""
+    limit, width = shard_bytes or parse_bytes(SHARD), np.dtype(DTYPES[dtype][1]).itemsize
+    shards: list[list[Tensor]] = [[]]
+    room = limit
+    for name, shape in tensors:
+        room -= math.prod(shape) * width
+        if room < 0 and shards[-1]:
+            shards.append([])
+            room = limit - math.prod(shape) * width
+        shards[-1].append((name, shape))
+    if len(shards) == 1:
+        files = [f"{stem}.safetensors"]
+    else:
+        files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        places = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
+        total = sum(math.prod(shape) * width for shard in shards for _, shape in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
+    return sum(
+        _write_safetensors(folder / file, shard, dtype, generator) for file, shard in zip(files, shards, strict=True)
+    )
+
+
+def _write_safetensors(path: Path, tensors: Sequence[Tensor], dtype: str, generator: np.random.Generator) -> int:
+    """One file (format: huggingface/safetensors, README); returns its bytes."""
+    label, unsigned, _, _ = DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors:
+        start, end = end, end + math.prod(shape) * np.dtype(unsigned).itemsize
+        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in tensors:
+            for piece in _random_values(name, shape, dtype, generator):
+                stream.write(piece.data)
+    return 8 + len(text) + end
+
+
+def _random_values(
+    name: str, shape: tuple[int, ...], dtype: str, generator: np.random.Generator
+) -> Iterator[NDArray[np.uint16 | np.uint32]]:
+    """Bit patterns of floats: sign and mantissa drawn, the exponent set by the tensor's scale."""
+    _, unsigned, mantissa_bits, bias = DTYPES[dtype]
+    kind = np.dtype(unsigned)
+    is_norm = "norm" in name and not name.endswith(".bias")
+    exponent = 0 if is_norm else round(-math.log2(MEAN_SQUARE * math.sqrt(math.prod(shape[1:]) or 1)))
+    exponent = -5 if name.endswith(".bias") else exponent
+    sign = 0 if is_norm else 1 << (8 * kind.itemsize - 1)
+    keep, fixed = kind.type(sign | ((1 << mantissa_bits) - 1)), kind.type((exponent + bias) << mantissa_bits)
+    left = math.prod(shape)
+    while left:
+        count = min(left, PIECE)
+        words = generator.integers(0, 2**64, -(-count * kind.itemsize // 8), np.uint64)
+        bits: NDArray[Any] = words.view(kind)[:count]
+        bits &= keep
+        bits |= fixed
+        yield bits
+        left -= count
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word-level tokenizer that closes every prompt with `</s>`; words past the vocabulary become `<unk>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(vocab_size - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def changed(configs: Mapping[str, Config], changes: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Configs with settings such as `transformer.num_layers=2` changed; values are JSON.
+
+    Raises:
+        RequestError: not of that form, or no such setting.
+    """
+    result = {name: dict(config) for name, config in configs.items()}
+    for change in changes:
+        place, _, value = change.partition("=")
+        network, _, key = place.partition(".")
+        if key not in result.get(network, {}):
+            raise RequestError(f"{change!r} changes no setting; expected one such as transformer.num_layers=2")
+        try:
+            result[network][key] = json.loads(value)
+        except ValueError as exc:
+            raise RequestError(f"{change!r}: {value!r} is not JSON; expected one such as {place}=2") from exc
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="FOLDER", help="checkpoint to write")
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights")
+    parser.add_argument("--max-shard-size", default=SHARD, metavar="SIZE", help="largest weight file")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--set", action="append", default=[], metavar="NETWORK.KEY=VALUE", help="change a config")
+    options = parser.parse_args()
+    report = make_checkpoint(
+        options.output,
+        changed(CONFIGS, options.set),
+        dtype=options.dtype,
+        shard_bytes=parse_bytes(options.max_shard_size),
+        seed=options.seed,
+    )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
