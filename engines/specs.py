@@ -40,16 +40,25 @@ class TensorSpec:
     def numpy_dtype(self) -> np.dtype[Any]:
         return np.dtype(DTYPES[self.dtype])
 
-    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The concrete shape for given sizes of the symbols."""
-        resolved = []
+    def fixed(self, sizes: Mapping[str, int]) -> TensorSpec:
+        """The same tensor with the given symbols replaced by their sizes; other symbols stay."""
+        dims: list[int | str] = []
         for dim in self.shape:
-            if isinstance(dim, int):
-                resolved.append(dim)
-            else:
-                factor, symbol = _factor(dim)
-                resolved.append(factor * sizes[symbol])
-        return tuple(resolved)
+            factor, symbol = (1, "") if isinstance(dim, int) else _factor(dim)
+            dims.append(factor * sizes[symbol] if symbol in sizes else dim)
+        return TensorSpec(self.name, self.dtype, tuple(dims))
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The concrete shape for given sizes of the symbols; KeyError for a symbol that has none."""
+        missing = self.symbols - set(sizes)
+        if missing:
+            raise KeyError(*missing)
+        return tuple(int(dim) for dim in self.fixed(sizes).shape)
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols in the shape."""
+        return frozenset(_factor(dim)[1] for dim in self.shape if isinstance(dim, str))
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the tensor for given sizes of the symbols."""

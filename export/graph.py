@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,6 +34,24 @@ def check_precision(name: str) -> Precision:
     return cast(Precision, name)
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a graph is written for the engine that will run it; what it computes is the same.
+
+    Args:
+        sizes: symbols of the graph's inputs that have one size only: a builder plans memory better for fixed shapes.
+        slices: parts of the token axis that a feed-forward runs over one after another, for its memory.
+        text_rows: positions of the text where it always comes padded to all of them, None where it comes as short as it
+            is and with a bias.
+        float32_matmul: whether the engine can multiply float32 matrices.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    slices: int = 1
+    text_rows: int | None = None
+    float32_matmul: bool = True
+
+
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """A Linear's (out, in) as a MatMul's (in, out)."""
     return weight.T
@@ -51,12 +69,14 @@ class GraphWriter:
         weights: the checkpoint's tensors.
         store: external data file that takes the large weights.
         precision: of matmul and convolution operands.
+        form: what the engine asks of the graph.
     """
 
     name: str
     weights: CheckpointWeights
     store: WeightFile
     precision: Precision = "fp32"
+    form: Form = field(default_factory=Form)
 
     def __post_init__(self) -> None:
         self._compute_type, self.numpy_compute = COMPUTE_DTYPES[self.precision]
@@ -164,9 +184,16 @@ class GraphWriter:
         return self.add(y, self.weight(f"{name}.bias", (n_out,))) if bias else y
 
     def linear_full(self, x: str, name: str, n_in: int, n_out: int) -> str:
-        """A torch Linear of the checkpoint in float32 at any precision."""
-        y = self.op("MatMul", x, self.weight(f"{name}.weight", (n_out, n_in), transpose, half=False))
-        return self.add(y, self.weight(f"{name}.bias", (n_out,), half=False))
+        """A torch Linear of the checkpoint in float32 at any precision, on a value (B, n_in)."""
+        bias = self.weight(f"{name}.bias", (n_out,), half=False)
+        if self.form.float32_matmul:
+            return self.add(
+                self.op("MatMul", x, self.weight(f"{name}.weight", (n_out, n_in), transpose, half=False)), bias
+            )
+        products = self.mul(
+            self.op("Unsqueeze", x, self.const([1])), self.weight(f"{name}.weight", (n_out, n_in), half=False)
+        )
+        return self.add(self.op("ReduceSum", products, self.const([2]), keepdims=0), bias)
 
     # -- shapes ------------------------------------------------------------------------------------------------------
 
@@ -195,8 +222,8 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes,
             self.name,
-            [_value_info(spec) for spec in self.inputs],
-            [_value_info(spec) for spec in self.outputs],
+            [_value_info(spec, self.form.sizes) for spec in self.inputs],
+            [_value_info(spec, self.form.sizes) for spec in self.outputs],
             [tensor for name, tensor in self._initializers.items() if name in used],
         )
         model = helper.make_model(
@@ -205,8 +232,8 @@ class GraphWriter:
         path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], list(spec.shape))
+def _value_info(spec: TensorSpec, sizes: Mapping[str, int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], list(spec.fixed(sizes).shape))
 
 
 def _external(name: str, location: str, place: WeightPlace) -> onnx.TensorProto:

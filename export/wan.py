@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from t2v_rt.engines.manifest import ComponentSpec, Defaults, GraphSpec, ModelSpe
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.checkpoint import Checkpoint
-from t2v_rt.export.graph import GraphWriter, Precision
+from t2v_rt.export.graph import Form, GraphWriter, Precision
 from t2v_rt.export.wan_text_encoder import TextEncoderConfig, write_text_encoder
 from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
 from t2v_rt.export.wan_vae import VaeConfig, VaeDecoderGraph
@@ -28,7 +28,13 @@ DEFAULTS = Defaults(
     guidance_scale=5.0,
     negative_prompt="",
 )
-Progress = Callable[[str], None]
+# component -> its engines' roles
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("model",),
+    "transformer": ("model",),
+    "vae_decoder": ("first", "next"),
+}
+COMPONENTS = tuple(ROLES)
 
 
 @dataclass(frozen=True)
@@ -106,45 +112,45 @@ def read_defaults(generation: Mapping[str, Any]) -> Defaults:
     return Defaults(**values)
 
 
-def export_components(
-    checkpoint: Checkpoint, configs: WanConfigs, folder: Path, precision: Precision, progress: Progress
-) -> dict[str, ComponentSpec]:
-    """Writes the graphs and weights of all components.
+def export_component(
+    name: str,
+    checkpoint: Checkpoint,
+    configs: WanConfigs,
+    folder: Path,
+    precision: Precision,
+    form: Form | None = None,
+) -> ComponentSpec:
+    """Writes the graphs and weights of one component.
 
     Args:
+        name: one of `COMPONENTS`.
         checkpoint: the opened checkpoint.
         configs: from `read_configs`.
-        folder: of the bundle; one folder per component is made in it.
+        folder: of the bundle; a folder of the component's name is made in it.
         precision: of matmul and convolution operands.
-        progress: called with a component's name before its work begins.
+        form: how the backend wants the graphs; None for ONNX Runtime's.
 
     Returns:
-        Component name -> what the manifest says of it.
+        What the manifest says of it.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
     """
-    weights = checkpoint.weights
-    result: dict[str, ComponentSpec] = {}
-    progress("text_encoder")
-    with _writing(folder, "text_encoder") as store:
-        g = GraphWriter("text_encoder", weights["text_encoder"], store, precision)
-        write_text_encoder(g, configs.text_encoder)
-        result["text_encoder"] = ComponentSpec({"model": _saved(g, store, "model")}, precision, store.nbytes)
-    progress("transformer")
-    with _writing(folder, "transformer") as store:
-        g = GraphWriter("transformer", weights["transformer"], store, precision)
-        write_transformer(g, configs.transformer)
-        result["transformer"] = ComponentSpec({"model": _saved(g, store, "model")}, precision, store.nbytes)
-    progress("vae_decoder")
-    with _writing(folder, "vae_decoder") as store:
-        graphs = {}
-        for role in ("first", "next"):
-            g = GraphWriter(f"vae_decoder.{role}", weights["vae"], store, precision)
-            states = VaeDecoderGraph(g, configs.vae, first=role == "first").write()
+    weights = checkpoint.weights["vae" if name == "vae_decoder" else name]
+    graphs: dict[str, GraphSpec] = {}
+    with _writing(folder, name) as store:
+        for role in ROLES[name]:
+            label = name if role == "model" else f"{name}.{role}"
+            g = GraphWriter(label, weights, store, precision, form or Form())
+            states: Sequence[StateSpec] = ()
+            if name == "text_encoder":
+                write_text_encoder(g, configs.text_encoder)
+            elif name == "transformer":
+                write_transformer(g, configs.transformer)
+            else:
+                states = VaeDecoderGraph(g, configs.vae, first=role == "first").write()
             graphs[role] = _saved(g, store, role, states)
-        result["vae_decoder"] = ComponentSpec(graphs, precision, store.nbytes)
-    return result
+    return ComponentSpec(graphs, precision, store.nbytes)
 
 
 def _writing(folder: Path, name: str) -> WeightFile:

@@ -19,6 +19,10 @@ from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
 from t2v_rt.export.graph import GraphWriter
 
+# Where float32 matrices cannot be multiplied, half ones are, of values divided by this power of two: sums of several
+# hundred thousand, as they occur, then stay below half's 65504.
+WO_SCALE = 64.0
+
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
@@ -106,5 +110,9 @@ def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) 
     dense = f"{name}.DenseReluDense"
     gate, linear = (g.linear(normed, f"{dense}.wi_{i}", config.dim, config.ffn_dim, bias=False) for i in (0, 1))
     inner = g.mul(g.full(g.op("Gelu", gate, approximate="tanh")), g.full(linear))
-    wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), np.transpose, half=False)
-    return g.op("MatMul", inner, wo)
+    if g.form.float32_matmul:
+        wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), np.transpose, half=False)
+        return g.op("MatMul", inner, wo)
+    small = g.half(g.mul(inner, g.scalar(1 / WO_SCALE)))
+    narrowed = g.linear(small, f"{dense}.wo", config.ffn_dim, config.dim, bias=False)
+    return g.mul(g.full(narrowed), g.scalar(WO_SCALE))

@@ -85,7 +85,10 @@ def build_engines(
     _check_disk(target, sum(file.stat().st_size for w in source.weights.values() for file in w.files))
     report = _reporter(progress)
     with new_bundle(target) as folder:
-        components = wan.export_components(source, configs, folder, chosen, report)
+        components = {}
+        for name in wan.COMPONENTS:
+            report(name)
+            components[name] = wan.export_component(name, source, configs, folder, chosen)
         (folder / "tokenizer").mkdir()
         shutil.copyfile(source.tokenizer, folder / "tokenizer" / "tokenizer.json")
         report("hash")
