@@ -24,8 +24,6 @@ def check_backend(name: str) -> str:
     """Returns a known backend's name; raises BackendError, with the known ones, for any other."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    if name != "onnxruntime":
-        raise BackendError(f"backend {name!r} is not available in this version; use onnxruntime")
     return name
 
 
@@ -40,7 +38,8 @@ def get_backend(name: str, *, provider: str = "cpu", threads: int | None = None)
     Raises:
         BackendError: unknown, not installed, or not usable on this machine.
     """
-    check_backend(name)
+    if check_backend(name) != "onnxruntime":
+        raise BackendError(f"running engines of {name} is not available in this version; use onnxruntime")
     from t2v_rt.engines.backend_onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(provider, threads)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Self
 
+from t2v_rt.engines.plans import PlanSpec, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 
@@ -18,20 +19,30 @@ MANIFEST_NAME = "bundle.json"
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One engine file of a component, and what crosses its boundary."""
+    """One engine file of a component, and what crosses its boundary.
+
+    Args:
+        path: of an ONNX graph, or of a plan that was built ahead of time.
+        inputs: that are fed, states apart.
+        outputs: likewise.
+        states: that stay on the device.
+        plan: what is known of a plan, None for a graph.
+    """
 
     path: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...] = ()
+    plan: PlanSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        content = {
             "path": self.path,
             "inputs": [spec.to_json() for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
             "states": [spec.to_json() for spec in self.states],
         }
+        return content if self.plan is None else {**content, "plan": self.plan.to_json()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -40,6 +51,7 @@ class GraphSpec:
             tuple(TensorSpec.from_json(spec) for spec in fields["inputs"]),
             tuple(TensorSpec.from_json(spec) for spec in fields["outputs"]),
             tuple(StateSpec.from_json(spec) for spec in fields["states"]),
+            PlanSpec.from_json(fields["plan"]) if "plan" in fields else None,
         )
 
 
@@ -150,6 +162,8 @@ class Manifest:
         scheduler: the checkpoint's scheduler config, class name included.
         defaults: of a request.
         components: name -> component.
+        targets: GPUs that its plans were built for, such as `sm89`; none where its engines are ONNX graphs.
+        profiles: videos that its plans can make; none where the size is free.
         files: path inside the bundle -> size and hash, of every file but the manifest.
     """
 
@@ -161,6 +175,8 @@ class Manifest:
     scheduler: Mapping[str, Any]
     defaults: Defaults
     components: Mapping[str, ComponentSpec]
+    targets: tuple[str, ...] = ()
+    profiles: tuple[VideoProfile, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,6 +199,8 @@ class Manifest:
             "scheduler": dict(self.scheduler),
             "defaults": asdict(self.defaults),
             "components": {name: spec.to_json() for name, spec in self.components.items()},
+            "targets": list(self.targets),
+            "profiles": [profile.to_json() for profile in self.profiles],
             "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
         }
         content = json.loads(json.dumps(content))
@@ -224,6 +242,8 @@ class Manifest:
                 scheduler=dict(content["scheduler"]),
                 defaults=Defaults.from_json(content["defaults"]),
                 components={str(k): ComponentSpec.from_json(v) for k, v in content["components"].items()},
+                targets=tuple(str(target) for target in content.get("targets", ())),
+                profiles=tuple(VideoProfile.from_json(profile) for profile in content.get("profiles", ())),
                 files={str(path): FileEntry(**entry) for path, entry in content["files"].items()},
             )
             written_id = content["bundle_id"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from t2v_rt.errors import RequestError
 
@@ -123,6 +123,21 @@ def _make_removable(path: Path) -> None:
         with suppress(OSError):
             if not item.is_symlink():
                 item.chmod(stat.S_IRWXU)
+
+
+def create_private(path: Path) -> BinaryIO:
+    """Creates a file that only its owner may read, and opens it for writing.
+
+    On Windows a file has the rights of its folder, which in a user's own folders are the user's.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileExistsError: something is there already.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR), "wb")
 
 
 def check_writable_parent(path: Path) -> None:

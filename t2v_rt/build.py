@@ -5,19 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import check_backend
 from t2v_rt.engines.bundle import Bundle, new_bundle, open_bundle, read_manifest, write_manifest
-from t2v_rt.engines.manifest import SCHEMA_VERSION, Defaults, Manifest
+from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Manifest
+from t2v_rt.engines.plans import Sizes, VideoProfile, parse_profiles
+from t2v_rt.engines.tensorrt_library import check_targets, load_library
+from t2v_rt.engines.trust import built_here, remember_built
 from t2v_rt.errors import BundleError, InputError, RequestError
 
+if TYPE_CHECKING:
+    from t2v_rt.export.checkpoint import Checkpoint
+
 Progress = Callable[[str, int, int], None]
+Report = Callable[[str, float], None]
 STEPS = ("text_encoder", "transformer", "vae_decoder", "hash", "done")
+PER_STEP = 100  # what progress counts in
 DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
+PRECISIONS = {"onnxruntime": "fp32"}  # of a backend where none is given; plans are half precision
 
 
 def build_engines(
@@ -25,10 +37,11 @@ def build_engines(
     output: str | Path,
     *,
     backend: str = "onnxruntime",
-    precision: str = "fp32",
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
+    precision: str | None = None,
+    height: Sizes = None,
+    width: Sizes = None,
+    num_frames: Sizes = None,
+    gpus: str | Sequence[str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -40,11 +53,14 @@ def build_engines(
     Args:
         checkpoint: folder with `model_index.json` and a folder per component; safetensors only.
         output: folder of the bundle.
-        backend: `onnxruntime`.
-        precision: of matmul and convolution operands: `fp32` or `fp16`.
-        height: default height of requests, instead of the checkpoint's.
+        backend: `onnxruntime`, `tensorrt-rtx` (builds plans for named GPUs, needs none) or `tensorrt` (builds plans for
+            the GPU it runs on).
+        precision: of matmul and convolution operands: `fp32` or `fp16`; None for the backend's own, `fp16` for plans.
+        height: default height of requests in pixels, instead of the checkpoint's. Plans are built for it; for them it
+            may be a range or several sizes, see `engines.plans.parse_profiles`.
         width: default width, likewise.
         num_frames: default number of frames, likewise.
+        gpus: that TensorRT-RTX builds for, such as "sm86,sm89"; None for all from sm80 on.
         force: build even where an existing bundle could be reused.
         progress: called as `f(step, done, total)`.
 
@@ -54,97 +70,176 @@ def build_engines(
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, pickled or of an unsupported architecture.
         BundleError: something other than a bundle is at `output`.
-        BackendError: the backend is unknown or not available.
+        BackendError: the backend is unknown or not available, or a GPU is.
         RequestError: a setting is invalid, or the output folder or disk cannot take the bundle.
+        EngineError: a plan cannot be built.
     """
     check_backend(backend)
+    targets = check_targets(backend, gpus)
     try:
-        from t2v_rt.export import wan
         from t2v_rt.export.checkpoint import open_checkpoint
-        from t2v_rt.export.graph import check_precision
     except ImportError as exc:
         raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
-    chosen, target = check_precision(precision), Path(output)
+    target = Path(output)
     platform.check_writable_parent(target)
-    source = open_checkpoint(checkpoint)
-    configs = wan.read_configs(source)
-    defaults = _defaults(wan.read_defaults(source.generation), height, width, num_frames)
-    manifest = Manifest(
-        backend=backend,
-        precision=precision,
-        fingerprint=_fingerprint(source.digest(), backend, precision, defaults),
-        builder={"t2v-rt": metadata.version("t2v-rt"), "onnx": metadata.version("onnx")},
-        model=wan.model_spec(configs),
-        scheduler=source.scheduler,
-        defaults=defaults,
-        components={},
-    )
+    job = _Build(open_checkpoint(checkpoint), backend, _precision(backend, precision), targets)
+    manifest = job.manifest((height, width, num_frames))
     _check_request(manifest)
-    if not force and (existing := _reusable(target, manifest.fingerprint)) is not None:
+    if not force and (existing := _reusable(target, manifest)) is not None:
         return existing
-    _check_disk(target, sum(file.stat().st_size for w in source.weights.values() for file in w.files))
+    _check_disk(target, job.source_bytes)
     report = _reporter(progress)
     with new_bundle(target) as folder:
-        components = {}
-        for name in wan.COMPONENTS:
-            report(name)
-            components[name] = wan.export_component(name, source, configs, folder, chosen)
+        components = job.components(manifest, folder, report)
         (folder / "tokenizer").mkdir()
-        shutil.copyfile(source.tokenizer, folder / "tokenizer" / "tokenizer.json")
-        report("hash")
+        shutil.copyfile(job.source.tokenizer, folder / "tokenizer" / "tokenizer.json")
+        report("hash", 0.0)
         write_manifest(folder, manifest.with_components(components))
-    report("done")
+    if job.makes_plans:
+        remember_built(target)
+    report("done", 0.0)
     return open_bundle(target)
 
 
-def _reporter(progress: Progress | None) -> Callable[[str], None]:
-    """Turns the name of a step into how many are done."""
+@dataclass(frozen=True)
+class _Build:
+    """What is built from what.
 
-    def report(step: str) -> None:
+    Args:
+        source: the opened checkpoint.
+        backend: a known one.
+        precision: a known one.
+        targets: GPUs by name, or none.
+    """
+
+    source: Checkpoint
+    backend: str
+    precision: str
+    targets: tuple[str, ...]
+
+    @property
+    def makes_plans(self) -> bool:
+        return self.backend != "onnxruntime"
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(file.stat().st_size for weights in self.source.weights.values() for file in weights.files)
+
+    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes]) -> Manifest:
+        """The bundle's manifest but for its components."""
+        from t2v_rt.export import wan
+
+        defaults = wan.read_defaults(self.source.generation)
+        profiles = parse_profiles(*sizes, (defaults.height, defaults.width, defaults.num_frames))
+        best = {name: ranges.opt for name, ranges in vars(profiles[0]).items()}
+        if not self.makes_plans and (len(profiles) > 1 or not all(r.fixed for r in vars(profiles[0]).values())):
+            raise RequestError("ONNX Runtime's engines take any size: give one height, width and number of frames")
+        library = {self.backend: load_library(self.backend).version} if self.makes_plans else {}
+        builder = {**{name: metadata.version(name) for name in ("t2v-rt", "onnx")}, **library}
+        return Manifest(
+            backend=self.backend,
+            precision=self.precision,
+            fingerprint=self._fingerprint(builder, profiles),
+            builder=builder,
+            model=wan.model_spec(wan.read_configs(self.source)),
+            scheduler=self.source.scheduler,
+            defaults=replace(defaults, **best),
+            components={},
+            targets=self.targets,
+            profiles=profiles if self.makes_plans else (),
+        )
+
+    def _fingerprint(self, builder: Mapping[str, str], profiles: Sequence[VideoProfile]) -> str:
+        """A hash of all that goes into a bundle: weights and configs, settings, and the code that builds."""
+        import t2v_rt.engines
+        import t2v_rt.export
+
+        files = sorted(Path(t2v_rt.export.__path__[0]).glob("*.py"))
+        if self.makes_plans:
+            files += sorted(Path(t2v_rt.engines.__path__[0]).glob("tensorrt_*.py"))
+        code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+        content = {
+            "schema": SCHEMA_VERSION,
+            "checkpoint": self.source.digest(),
+            "backend": self.backend,
+            "precision": self.precision,
+            "targets": self.targets,
+            "profiles": [profile.to_json() for profile in profiles],
+            "code": code.hexdigest(),
+            "versions": {**builder, "onnxruntime": metadata.version("onnxruntime")},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def components(self, manifest: Manifest, folder: Path, report: Report) -> dict[str, ComponentSpec]:
+        """Writes the engines of all components into the bundle's folder; raises as `build_engines`."""
+        from t2v_rt.export import wan
+        from t2v_rt.export.graph import check_precision
+
+        configs, precision = wan.read_configs(self.source), check_precision(self.precision)
+        if not self.makes_plans:
+            result = {}
+            for name in wan.COMPONENTS:
+                report(name, 0.0)
+                result[name] = wan.export_component(name, self.source, configs, folder, precision)
+            return result
+
+        from t2v_rt.engines.tensorrt_builder import PlanBuilder
+        from t2v_rt.export.wan_profiles import component_forms, component_ranges
+        from t2v_rt.inspect import count_nodes
+
+        ranges = component_ranges(manifest.model, manifest.profiles)
+        forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, "sm75" not in self.targets)
+        builder, result = PlanBuilder(self.backend, self.targets), {}
+        for name in wan.COMPONENTS:
+            report(name, 0.0)
+            graphs = folder / "graphs"
+            graphs.mkdir()
+            spec = wan.export_component(name, self.source, configs, graphs, precision, forms[name])
+            nodes = {role: count_nodes(graphs / graph.path) for role, graph in spec.graphs.items()}
+            result[name] = builder.build_component(graphs, folder, spec, ranges[name], nodes, partial(report, name))
+            platform.remove_tree(graphs)
+        return result
+
+
+def _precision(backend: str, given: str | None) -> str:
+    from t2v_rt.export.graph import check_precision
+
+    precision = check_precision(given or PRECISIONS.get(backend, "fp16"))
+    if backend != "onnxruntime" and precision != "fp16":
+        raise RequestError(f"precision is {precision!r}; backend {backend} has fused attention for fp16 only")
+    return precision
+
+
+def _reporter(progress: Progress | None) -> Report:
+    """Turns a step's name and the fraction of it that is done into how much of all is done."""
+
+    def report(step: str, fraction: float) -> None:
         if progress is not None:
-            progress(step, STEPS.index(step), len(STEPS) - 1)
+            progress(step, int(PER_STEP * (STEPS.index(step) + fraction)), PER_STEP * (len(STEPS) - 1))
 
     return report
-
-
-def _defaults(base: Defaults, height: int | None, width: int | None, num_frames: int | None) -> Defaults:
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    return Defaults(**{**vars(base), **given})
 
 
 def _check_request(manifest: Manifest) -> None:
     """The defaults must make a valid request and the scheduler a known one, or the bundle could not be used."""
     from t2v_rt.runtime.request import make_request
     from t2v_rt.runtime.schedulers import get_scheduler
+    from t2v_rt.runtime.wan import check_size
 
     make_request(manifest, prompt="", seed=0)
+    for profile in manifest.profiles:
+        for bound in ("min", "opt", "max"):
+            sizes = (profile.height, profile.width, profile.num_frames)
+            check_size(manifest.model, *(int(getattr(size, bound)) for size in sizes))
     get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
 
 
-def _fingerprint(checkpoint: str, backend: str, precision: str, defaults: Defaults) -> str:
-    """A hash of all that goes into a bundle: weights and configs, settings, and the code that writes the graphs."""
-    import t2v_rt.export
-
-    code = hashlib.sha256()
-    for file in sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")):
-        code.update(file.read_bytes())
-    content = {
-        "schema": SCHEMA_VERSION,
-        "checkpoint": checkpoint,
-        "backend": backend,
-        "precision": precision,
-        "defaults": vars(defaults),
-        "export": code.hexdigest(),
-        "versions": {name: metadata.version(name) for name in ("t2v-rt", "onnx", "onnxruntime")},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _reusable(target: Path, fingerprint: str) -> Bundle | None:
-    """The bundle at `target` if it is intact and was made from exactly this, else None."""
+def _reusable(target: Path, manifest: Manifest) -> Bundle | None:
+    """The bundle at `target` if it is intact and was made from exactly this, and plans by nobody else; else None."""
     try:
-        return open_bundle(target) if read_manifest(target).fingerprint == fingerprint else None
+        if read_manifest(target).fingerprint != manifest.fingerprint or (manifest.profiles and not built_here(target)):
+            return None
+        return open_bundle(target)
     except BundleError:
         return None
 

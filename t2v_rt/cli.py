@@ -82,10 +82,11 @@ def _add_build(commands: Any) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="folder with model_index.json")
     add("--output", required=True, metavar="BUNDLE", help="folder to write")
     add("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
-    add("--precision", default="fp32", help="fp32 (default) or fp16")
-    add("--height", type=int, help="default height of requests, in pixels")
-    add("--width", type=int, help="default width of requests, in pixels")
-    add("--num-frames", type=int, help="default number of frames of requests")
+    add("--precision", help="fp32 (default of onnxruntime) or fp16 (of the others)")
+    add("--height", metavar="SIZE", help="of videos, in pixels; for plans also a range or several: 480:720, 480,832")
+    add("--width", metavar="SIZE", help="likewise")
+    add("--num-frames", metavar="SIZE", help="likewise, in frames")
+    add("--gpu", metavar="NAMES", help="that tensorrt-rtx builds for: sm75,sm80,sm86,sm89,sm120; all but sm75")
     add("--force", action="store_true", help="build even where the bundle there could be reused")
 
 
@@ -151,6 +152,7 @@ def run_build(options: argparse.Namespace) -> None:
             height=options.height,
             width=options.width,
             num_frames=options.num_frames,
+            gpus=options.gpu,
             force=options.force,
             progress=lambda step, done, total: bars.update("build", done, total, detail=step),
         )

@@ -9,10 +9,13 @@ from typing import Any
 
 from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.engines.manifest import GraphSpec
+from t2v_rt.engines.plans import VideoProfile
 
 
 def inspect_bundle(folder: str | Path) -> dict[str, Any]:
     """Opens a bundle, all hashes checked, and returns its manifest with the nodes of each ONNX graph counted.
+
+    Of a plan, they are those of the graph that it was built from.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -20,7 +23,7 @@ def inspect_bundle(folder: str | Path) -> dict[str, Any]:
     bundle = open_bundle(folder)
     report = bundle.manifest.to_json()
     report["nodes"] = {
-        graph.path: count_nodes(bundle.folder / graph.path)
+        graph.path: count_nodes(bundle.folder / graph.path) if graph.plan is None else dict(graph.plan.nodes)
         for spec in bundle.manifest.components.values()
         for graph in spec.graphs.values()
     }
@@ -47,6 +50,10 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         f"{defaults['fps']:g}/s, {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}",
         f"scheduler  {scheduler.get('_class_name')}, flow shift {scheduler.get('flow_shift', scheduler.get('shift'))}",
     ]
+    if report["targets"]:
+        built = ", ".join(f"{name} {version}" for name, version in report["builder"].items())
+        lines += [f"GPUs       {', '.join(report['targets'])}", f"built by   {built}"]
+    lines += [f"videos     {VideoProfile.from_json(profile)}" for profile in report["profiles"]]
     for name, fields in report["components"].items():
         lines.append(f"{name}  {fields['weights_bytes'] / 1e6:.1f} MB of weights")
         for role, raw in fields["graphs"].items():
@@ -61,6 +68,12 @@ def _describe_graph(role: str, graph: GraphSpec, nodes: Mapping[str, int]) -> li
     lines = [f"  {role}  {graph.path}", line("in ", graph.inputs), line("out", graph.outputs)]
     if graph.states:
         lines.append(f"    state  {len(graph.states)} tensors kept from call to call")
+    if graph.plan is not None:
+        lines.append(f"    memory  {graph.plan.weights_bytes / 1e6:.1f} MB of weights and, for a call of at most")
+        for profile in graph.plan.profiles:
+            sizes = ", ".join(f"{symbol} {ranges.max}" for symbol, ranges in profile.sizes.items())
+            lines.append(f"            {sizes}: {profile.context_bytes / 1e6:.1f} MB")
+        lines.append(f"    attention  {'fused' if graph.plan.fused_attention else 'not fused, scores are in memory'}")
     if nodes:
         lines.append("    nodes  " + ", ".join(f"{count} {kind}" for kind, count in nodes.items()))
     return lines

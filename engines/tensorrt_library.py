@@ -1,0 +1,120 @@
+"""TensorRT and TensorRT for RTX: one interface in two libraries, and the one place that chooses between them.
+
+What differs is here: the module, whether it builds for named GPUs without having one, and how a context is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from t2v_rt.errors import BackendError
+
+MODULES: Mapping[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+RTX = "tensorrt-rtx"
+# GPUs that TensorRT-RTX builds for by name, and what they are
+TARGETS: Mapping[str, str] = {
+    "sm75": "GeForce RTX 20",
+    "sm80": "A100",
+    "sm86": "GeForce RTX 30",
+    "sm89": "GeForce RTX 40",
+    "sm120": "GeForce RTX 50",
+}
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # Turing has no float32 matrix kernels here: its graphs differ
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two libraries, imported.
+
+    Args:
+        backend: `tensorrt-rtx` or `tensorrt`.
+        trt: the module.
+    """
+
+    backend: str
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    @property
+    def builds_without_gpu(self) -> bool:
+        """Whether plans are built for named GPUs; the other library builds for the one that it runs on."""
+        return self.backend == RTX
+
+    def builder_config(self, builder: Any, targets: Sequence[str]) -> Any:
+        """A builder config for the targets; a timing cache is never set, for it asks for a GPU."""
+        config = builder.create_builder_config()
+        if self.builds_without_gpu:
+            config.num_compute_capabilities = len(targets)
+            for i, target in enumerate(targets):
+                config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), i)
+        return config
+
+    def create_context(self, engine: Any, cached_kernels: bytes) -> tuple[Any, Any]:
+        """An execution context that works in memory it is given, and the cache of its compiled kernels.
+
+        Args:
+            engine: deserialised.
+            cached_kernels: what an earlier cache held, or nothing.
+
+        Returns:
+            The context, and the cache or None where kernels are in the plan already.
+        """
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.backend != RTX:
+            return engine.create_execution_context(strategy), None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        cache = config.create_runtime_cache()
+        if cached_kernels:
+            cache.deserialize(cached_kernels)
+        config.set_runtime_cache(cache)
+        return engine.create_execution_context(config), cache
+
+
+def load_library(backend: str) -> Library:
+    """Imports the library of a backend.
+
+    Raises:
+        BackendError: it is not installed, or cannot be loaded here; the extra is named.
+    """
+    try:
+        return Library(backend, importlib.import_module(MODULES[backend]))
+    except (ImportError, OSError) as exc:
+        reason = " ".join(str(exc).split())
+        raise BackendError(
+            f"backend {backend} needs the package {MODULES[backend]!r} ({reason}); install t2v-rt[{backend}]"
+        ) from exc
+
+
+def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Reads the GPUs to build for.
+
+    Args:
+        backend: any.
+        gpus: names, or a text of them with commas between; None for the default.
+
+    Returns:
+        The names, each once, oldest GPU first; none where the backend does not build for named GPUs.
+
+    Raises:
+        BackendError: an unknown name, no name, or a backend that does not build for named GPUs.
+    """
+    if backend != RTX:
+        if gpus is not None:
+            raise BackendError(f"backend {backend} does not build for named GPUs; leave --gpu out, or use {RTX}")
+        return ()
+    if gpus is None:
+        return DEFAULT_TARGETS
+    names = gpus.split(",") if isinstance(gpus, str) else list(gpus)
+    wanted = {name.strip().lower() for name in names}
+    unknown = sorted(wanted - set(TARGETS))
+    if unknown or not wanted:
+        known = ", ".join(f"{name} ({gpu})" for name, gpu in TARGETS.items())
+        raise BackendError(f"unknown GPU {', '.join(map(repr, unknown))}; expected one or more of {known}")
+    return tuple(name for name in TARGETS if name in wanted)

@@ -1,0 +1,48 @@
+"""Which bundles this user built on this machine: plans are executable code, so others need the user's word first."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.manifest import MANIFEST_NAME
+from t2v_rt.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+
+def remember_built(folder: Path) -> None:
+    """Notes in the user's cache that a bundle was built here; its manifest holds the hashes of all its files."""
+    note = _note(folder)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        note.touch(mode=0o600)
+    except OSError as exc:
+        logger.warning(
+            "%s: it is not noted that this bundle was built here (%s); using it will need --trust", note, exc
+        )
+
+
+def built_here(folder: Path) -> bool:
+    """Whether a bundle is, to the last byte of its manifest, one that was built here."""
+    return _note(folder).is_file()
+
+
+def check_trust(folder: Path, trust: bool) -> None:
+    """Refuses a bundle of plans from elsewhere that the user has not said to trust.
+
+    Raises:
+        BundleError: it was not built here, and `trust` is False.
+    """
+    if not trust and not built_here(folder):
+        raise BundleError(
+            f"{folder} holds plans that were not built here by you; plans are executable code: build them yourself, or "
+            "give --trust (trust=True) if you trust whoever built them"
+        )
+
+
+def _note(folder: Path) -> Path:
+    digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    return platform.cache_dir() / "built" / digest
