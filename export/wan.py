@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +140,13 @@ def export_components(
     progress("vae_decoder")
     with _writing(folder, "vae_decoder") as store:
         graphs = {}
-        for role in ("first", "next"):
+        for part, when in itertools.product(("head", "tail"), ("first", "next")):
+            role = f"{part}_{when}"
             g = GraphWriter(f"vae_decoder.{role}", weights["vae"], store, precision)
-            states = VaeDecoderGraph(g, configs.vae, first=role == "first").write()
+            writer = VaeDecoderGraph(g, configs.vae, first=when == "first")
+            states = writer.write_head() if part == "head" else writer.write_tail()
             graphs[role] = _saved(g, store, role, states)
-        result["vae_decoder"] = ComponentSpec(graphs, precision, store.nbytes)
+        result["vae_decoder"] = ComponentSpec(graphs, precision, store.nbytes, configs.vae.tiles)
     return result
 
 

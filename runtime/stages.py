@@ -15,7 +15,9 @@ from t2v_rt.engines.contract import Component
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
+from t2v_rt.runtime.frame_decoder import FrameDecoder
 from t2v_rt.runtime.prompt import PromptTokenizer
+from t2v_rt.runtime.tiles import WHOLE, Grid
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -28,12 +30,17 @@ class Stages:
         bundle: the opened bundle.
         backend: loads its engines.
         budget: bytes the engines may take together; where their weights take more, each is released after its stage.
+        vae_tiles: tiles of the VAE decoder's tail; None for as few as the budget allows.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, budget: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, budget: int | None = None, vae_tiles: Grid | None = None
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._backend = backend
+        self._budget = budget
+        self.vae_tiles = vae_tiles
         self._components: dict[str, Component] = {}
         self._lock = threading.Lock()
         weights = sum(spec.weights_bytes for spec in self.manifest.components.values())
@@ -51,7 +58,11 @@ class Stages:
                 self.release("text_encoder")
 
     def decode(
-        self, latents: Array, progress: Progress | None = None, cancel: threading.Event | None = None
+        self,
+        latents: Array,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        grid: Grid | None = None,
     ) -> Iterator[Array]:
         """Decodes one video's latents, one latent frame at a time.
 
@@ -59,24 +70,26 @@ class Stages:
             latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
             progress: called as `f("decode", done, total)`.
             cancel: looked at before each chunk, or None.
+            grid: tiles of the decoder's tail, from top to bottom and from left to right, instead of `vae_tiles` or
+                the budget's; the result is the same.
 
         Returns:
             An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
 
         Raises:
             CancelledError: `cancel` was set.
+            RequestError: more tiles than there are features.
             EngineError: the VAE failed or gave values that are not finite.
         """
         model = self.manifest.model
         _, _, count, height, width = latents.shape
+        grid = grid or self.vae_tiles or memory.smallest_grid(self.manifest, latents.shape, self._budget)
         check_cancelled(cancel, "decode")
         with self.stage("vae_decoder") as vae:
-            state = vae.new_state(height=height, width=width)
+            decoder = FrameDecoder(vae, height, width, grid)
             for i in range(count):
                 check_cancelled(cancel, "decode")
-                chunk = wan.denormalize(model, latents[:, :, i])
-                engine = vae["first" if i == 0 else "next"]
-                frames = engine.infer({"latents": np.ascontiguousarray(chunk)}, state)["frames"]
+                frames = decoder.decode(wan.denormalize(model, latents[:, :, i]))
                 check_finite(frames, "decode", "the VAE decoder")
                 if progress is not None:
                     progress("decode", i + 1, count)
