@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from t2v_rt.engines.manifest import Manifest
+from t2v_rt.engines.manifest import ComponentSpec, Manifest
 from t2v_rt.errors import RequestError
+from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
@@ -40,13 +41,14 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def estimate(manifest: Manifest, shape: tuple[int, ...], kept_frames: int) -> MemoryEstimate:
+def estimate(manifest: Manifest, shape: tuple[int, ...], kept_frames: int, grid: Grid = WHOLE) -> MemoryEstimate:
     """Estimates the memory of a request.
 
     Args:
         manifest: of the bundle.
         shape: (B, C, F, H, W) of the latents.
         kept_frames: frames that are held at once as float32 results.
+        grid: tiles of the decoder's tail.
 
     Returns:
         Bytes per stage; attention scores of the denoiser counted whole, as ONNX Runtime holds them.
@@ -59,18 +61,32 @@ def estimate(manifest: Manifest, shape: tuple[int, ...], kept_frames: int) -> Me
     scores = batch * model.heads * tokens * tokens * FLOAT
     activations = batch * tokens * model.hidden_dim * TOKEN_COPIES * FLOAT
     pixels = height * width * model.spatial_factor**2
-    sizes = {"height": height, "width": width}
-    states = {
-        state.tensor.name: state.tensor.nbytes(sizes)
-        for graph in manifest.components["vae_decoder"].graphs.values()
-        for state in graph.states
-    }
-    chunk = pixels * model.temporal_factor * DECODE_CHANNELS * FLOAT
     return MemoryEstimate(
         encode=weights["text_encoder"] + model.text_length * model.text_dim * FLOAT * 2,
         denoise=weights["transformer"] + LATENT_COPIES * latents + scores + activations,
-        decode=weights["vae_decoder"] + 2 * sum(states.values()) + chunk + latents + kept_frames * pixels * 3 * FLOAT,
+        decode=weights["vae_decoder"]
+        + _decoder_bytes(manifest.components["vae_decoder"], height, width, grid, model.temporal_factor)
+        + latents
+        + kept_frames * pixels * 3 * FLOAT,
     )
+
+
+def _decoder_bytes(vae: ComponentSpec, height: int, width: int, grid: Grid, frames: int) -> int:
+    """States, features and activations while one latent frame of `height` x `width` is decoded."""
+    assert vae.tiles is not None
+    rows, columns = height * vae.tiles.scale, width * vae.tiles.scale
+    tile = fed_length(rows, grid[0], vae.tiles), fed_length(columns, grid[1], vae.tiles)
+    whole_sizes, tile_sizes = {"height": height, "width": width}, {"height": tile[0], "width": tile[1]}
+    head, tail = (_state_bytes(vae, part, sizes) for part, sizes in (("head", whole_sizes), ("tail", tile_sizes)))
+    features = sum(spec.nbytes(whole_sizes) for spec in vae.graphs["head_next"].outputs)
+    pixels = tile[0] * tile[1] * vae.tiles.upscale**2
+    return 2 * head + (grid[0] * grid[1] + 1) * tail + features + pixels * frames * DECODE_CHANNELS * FLOAT
+
+
+def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
+    graphs = [graph for role, graph in vae.graphs.items() if role.startswith(part)]
+    states = {state.tensor.name: state.tensor.nbytes(sizes) for graph in graphs for state in graph.states}
+    return sum(states.values())
 
 
 def check_fits(needed: MemoryEstimate, available: int, what: str) -> None:
