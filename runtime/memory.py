@@ -13,6 +13,7 @@ FLOAT = 4
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
 DECODE_CHANNELS = 96  # activations of a decoder chunk per output pixel, in floats: its widest level is cheap in pixels
+GRIDS: tuple[Grid, ...] = (WHOLE, (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4))  # tried in turn, coarsest first
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -69,6 +70,18 @@ def estimate(manifest: Manifest, shape: tuple[int, ...], kept_frames: int, grid:
         + latents
         + kept_frames * pixels * 3 * FLOAT,
     )
+
+
+def coarsest_grid(manifest: Manifest, shape: tuple[int, ...], budget: int | None) -> Grid:
+    """The coarsest grid of decoder tiles whose estimate fits a budget; the finest one where none does.
+
+    Args:
+        manifest: of the bundle.
+        shape: (B, C, F, H, W) of the latents.
+        budget: in bytes; None for no limit, and so for no tiles.
+    """
+    fitting = (grid for grid in GRIDS if budget is None or estimate(manifest, shape, 0, grid).decode <= budget)
+    return next(fitting, GRIDS[-1])
 
 
 def _decoder_bytes(vae: ComponentSpec, height: int, width: int, grid: Grid, frames: int) -> int:

@@ -27,6 +27,7 @@ from t2v_rt.runtime.run import FrameStream, Run, make_output
 from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.tiles import Grid, parse_grid
 
 Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -43,15 +44,24 @@ class TextToVideoPipeline:
         backend: loads its engines.
         vram_budget: bytes the engines may take together, or None.
         provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
+        vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
+            allows.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, vram_budget: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        vram_budget: int | None = None,
+        provider: str = "cpu",
+        vae_tiles: Grid | None = None,
+    ) -> None:
         self.bundle = bundle
         self.provider = provider
         manifest = bundle.manifest
         self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
         self.vram_budget = vram_budget
-        self.stages = Stages(bundle, backend, vram_budget)
+        self.stages = Stages(bundle, backend, vram_budget, vae_tiles)
 
     @classmethod
     def from_pretrained(
@@ -62,6 +72,7 @@ class TextToVideoPipeline:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        vae_tiles: str | Sequence[int] | None = None,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
@@ -71,11 +82,13 @@ class TextToVideoPipeline:
             vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit.
             provider: of ONNX Runtime, `cpu` or `cuda`.
             threads: per engine on the CPU; None for as many as there are cores.
+            vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
+                right: less memory, the same frames. None for as few as the budget allows.
 
         Raises:
-            BundleError: the bundle is missing, damaged, edited or too new.
+            BundleError: the bundle is missing, damaged, edited or of another schema.
             BackendError: the backend is unknown, not usable here, or not the bundle's.
-            RequestError: the budget cannot be read.
+            RequestError: the budget or the tiles cannot be read.
         """
         if backend is not None:
             check_backend(backend)
@@ -84,7 +97,8 @@ class TextToVideoPipeline:
         if backend not in (None, built_for):
             raise BackendError(f"{bundle_dir} was built for {built_for}, not {backend}; build it for {backend}")
         budget = None if vram_budget is None else memory.parse_bytes(vram_budget)
-        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider)
+        grid = None if vae_tiles is None else parse_grid(vae_tiles)
+        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider, grid)
 
     @property
     def manifest(self) -> Manifest:
@@ -279,10 +293,11 @@ class TextToVideoPipeline:
 
     def _estimate(self, request: Request, kept_frames: int) -> memory.MemoryEstimate:
         batch, *sizes = self.latent_shape(request)
-        needed = memory.estimate(self.manifest, (batch, *sizes), kept_frames)
+        grid = self.stages.grid((batch, *sizes))
+        needed = memory.estimate(self.manifest, (batch, *sizes), kept_frames, grid)
         if not request.guidance_batch:
             return needed
-        doubled = memory.estimate(self.manifest, (2 * batch, *sizes), kept_frames)
+        doubled = memory.estimate(self.manifest, (2 * batch, *sizes), kept_frames, grid)
         return replace(needed, denoise=doubled.denoise)
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:

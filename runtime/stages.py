@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
-from t2v_rt.runtime import wan
+from t2v_rt.runtime import memory, wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.frame_decoder import FrameDecoder
 from t2v_rt.runtime.prompt import PromptTokenizer
-from t2v_rt.runtime.tiles import WHOLE, Grid
+from t2v_rt.runtime.tiles import Grid
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -40,7 +40,7 @@ class Stages:
         self.manifest = bundle.manifest
         self._backend = backend
         self._budget = budget
-        self.vae_tiles = vae_tiles
+        self._vae_tiles = vae_tiles
         self._components: dict[str, Component] = {}
         self._lock = threading.Lock()
         weights = sum(spec.weights_bytes for spec in self.manifest.components.values())
@@ -83,7 +83,7 @@ class Stages:
         """
         model = self.manifest.model
         _, _, count, height, width = latents.shape
-        grid = grid or self.vae_tiles or memory.smallest_grid(self.manifest, latents.shape, self._budget)
+        grid = grid or self.grid(latents.shape)
         check_cancelled(cancel, "decode")
         with self.stage("vae_decoder") as vae:
             decoder = FrameDecoder(vae, height, width, grid)
@@ -94,6 +94,10 @@ class Stages:
                 if progress is not None:
                     progress("decode", i + 1, count)
                 yield wan.to_unit_range(frames)
+
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """The tiles that latents of `shape` (B, C, F, H, W) are decoded in."""
+        return self._vae_tiles or memory.coarsest_grid(self.manifest, shape, self._budget)
 
     def component(self, name: str) -> Component:
         """A component's engines, loaded at the first use."""

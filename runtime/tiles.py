@@ -62,10 +62,8 @@ def make_tiles(height: int, width: int, grid: Grid, spec: TileSpec) -> list[Tile
 
 def spans(length: int, count: int, spec: TileSpec) -> list[Span]:
     """Splits an axis of features into `count` spans of nearly one length; each is fed `halo` more on both sides."""
-    if not 1 <= count <= length:
-        raise RequestError(f"{count} tiles were asked for along an axis of {length} features; expected 1 to {length}")
-    edges = [i * length // count for i in range(count + 1)]
     fed = fed_length(length, count, spec)
+    edges = [i * length // count for i in range(count + 1)]
     result = []
     for begin, end in itertools.pairwise(edges):
         start = min(max(begin - spec.halo, 0), length - fed)
@@ -79,7 +77,13 @@ def spans(length: int, count: int, spec: TileSpec) -> list[Span]:
 
 
 def fed_length(length: int, count: int, spec: TileSpec) -> int:
-    """Features that each of `count` tiles is fed along an axis: no tile of two has a neighbour on both sides."""
+    """Features that each of `count` tiles is fed along an axis: no tile of two has a neighbour on both sides.
+
+    Raises:
+        RequestError: more tiles than features.
+    """
+    if not 1 <= count <= length:
+        raise RequestError(f"{count} tiles were asked for along an axis of {length} features; expected 1 to {length}")
     return min(length, -(-length // count) + min(count - 1, 2) * spec.halo)
 
 

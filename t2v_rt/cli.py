@@ -117,6 +117,7 @@ def _add_generate(commands: Any) -> None:
     add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
     add("--threads", type=int, help="threads per engine; all cores where it is left out")
     add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
+    add("--vae-tiles", metavar="RxC", help="decode in so many tiles, such as 2x3; as few as fit where it is left out")
     add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
     add("--preview", metavar="FILE", help="a png that is written anew after each step")
     add("--save-latents", metavar="FILE", help="keep what was sampled (.npz); without --output, stop there")

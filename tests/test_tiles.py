@@ -7,6 +7,7 @@ import pytest
 
 from t2v_rt import RequestError, TextToVideoPipeline
 from t2v_rt.engines.manifest import TileSpec
+from t2v_rt.runtime import memory
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.tiles import make_tiles, parse_grid, spans
 from tests.conftest import Tiny
@@ -67,6 +68,28 @@ def test_tiles_come_row_by_row() -> None:
     assert [(tile.rows.target.start, tile.columns.target.start) for tile in tiles] == [
         (0, 0), (0, 34), (0, 68), (44, 0), (44, 34), (44, 68),
     ]  # fmt: skip
+
+
+def test_a_budget_chooses_the_coarsest_grid_that_fits(narrow: Tiny) -> None:
+    manifest = TextToVideoPipeline.from_pretrained(narrow.bundle).manifest
+    shape = (1, manifest.model.latent_channels, 3, 60, 104)
+    needs = {grid: memory.estimate(manifest, shape, 0, grid).decode for grid in memory.GRIDS}
+    assert needs[1, 1] > needs[2, 2] > needs[3, 3]
+    assert memory.coarsest_grid(manifest, shape, None) == (1, 1)
+    assert memory.coarsest_grid(manifest, shape, needs[2, 2]) == (2, 2)
+    assert memory.coarsest_grid(manifest, shape, 1) == memory.GRIDS[-1]
+
+
+def test_a_whole_video_in_tiles_is_the_same_video(narrow: Tiny) -> None:
+    whole = TextToVideoPipeline.from_pretrained(narrow.bundle)("a red ball", seed=1)
+    tiled = TextToVideoPipeline.from_pretrained(narrow.bundle, vae_tiles="2x3")("a red ball", seed=1)
+    assert np.abs(whole.frames - tiled.frames).max() <= TOLERANCE
+
+
+def test_more_tiles_than_features_are_refused(narrow: Tiny) -> None:
+    pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, vae_tiles=(1, 99))
+    with pytest.raises(RequestError, match="99 tiles were asked for along an axis of 24 features"):
+        pipe("a red ball", seed=1)
 
 
 def test_grids_are_read() -> None:
