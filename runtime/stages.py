@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
+from t2v_rt.errors import RequestError
 from t2v_rt.runtime import memory, wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
@@ -78,10 +79,15 @@ class Stages:
 
         Raises:
             CancelledError: `cancel` was set.
-            RequestError: more tiles than there are features.
+            RequestError: latents of another shape, or more tiles than there are features.
             EngineError: the VAE failed or gave values that are not finite.
         """
         model = self.manifest.model
+        if latents.ndim != 5 or latents.shape[:2] != (1, model.latent_channels) or 0 in latents.shape:
+            raise RequestError(
+                f"latents have shape {list(latents.shape)}; expected those of one video of this model, "
+                f"(1, {model.latent_channels}, frames, rows, columns)"
+            )
         _, _, count, height, width = latents.shape
         grid = grid or self.grid(latents.shape)
         check_cancelled(cancel, "decode")
