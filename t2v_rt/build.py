@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from t2v_rt.engines import platform
-from t2v_rt.engines.backends import check_backend
+from t2v_rt.engines.backends import check_backend, get_backend
 from t2v_rt.engines.bundle import Bundle, new_bundle, open_bundle, read_manifest, write_manifest
-from t2v_rt.engines.manifest import SCHEMA_VERSION, Defaults, Manifest
+from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Defaults, Manifest, ModelSpec
 from t2v_rt.errors import BundleError, InputError, RequestError
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-STEPS = ("text_encoder", "transformer", "vae_decoder", "hash", "done")
+STEPS = ("text_encoder", "transformer", "vae_decoder", "self_test", "hash", "done")
+REFERENCE_GROWTH = 2.5  # half weights become float32, and ONNX Runtime packs the largest matrices once more
 DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
 
 
@@ -82,16 +85,62 @@ def build_engines(
     _check_request(manifest)
     if not force and (existing := _reusable(target, manifest.fingerprint)) is not None:
         return existing
-    _check_disk(target, sum(file.stat().st_size for w in source.weights.values() for file in w.files))
+    stored = sum(file.stat().st_size for w in source.weights.values() for file in w.files)
+    _check_disk(target, stored)
     report = _reporter(progress)
     with new_bundle(target) as folder:
         components = wan.export_components(source, configs, folder, chosen, report)
+        report("self_test")
+        if _can_run_reference(folder, stored):
+            _record_self_test(
+                folder,
+                manifest.model,
+                components,
+                lambda place: wan.export_components(source, configs, place, "fp32", lambda name: None),
+            )
         (folder / "tokenizer").mkdir()
         shutil.copyfile(source.tokenizer, folder / "tokenizer" / "tokenizer.json")
         report("hash")
         write_manifest(folder, manifest.with_components(components))
     report("done")
     return open_bundle(target)
+
+
+def _can_run_reference(folder: Path, stored: int) -> bool:
+    """Whether the whole model fits memory and disk once more in float32; where it does not, that is said."""
+    needed = int(stored * REFERENCE_GROWTH)
+    room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
+    if needed > room:
+        logger.warning(
+            "the bundle carries no self-test: its float32 reference needs %.1f GB of memory and disk, %.1f GB are free",
+            needed / 1e9,
+            room / 1e9,
+        )
+    return needed <= room
+
+
+def _record_self_test(
+    folder: Path,
+    model: ModelSpec,
+    components: Mapping[str, ComponentSpec],
+    export_reference: Callable[[Path], Mapping[str, ComponentSpec]],
+) -> None:
+    """Runs the float32 graphs on the CPU, exported once more where the bundle has others, and keeps their answers."""
+    from t2v_rt.runtime import self_test
+
+    place, reference = folder, components
+    if any(spec.precision != "fp32" for spec in components.values()):
+        place = folder / "reference"
+        place.mkdir()
+        reference = export_reference(place)
+    backend = get_backend("onnxruntime")
+    try:
+        for name, spec in reference.items():
+            with backend.load(place, name, spec) as component:
+                self_test.record(name, component, model, folder)
+    finally:
+        if place != folder:
+            platform.remove_tree(place)
 
 
 def _reporter(progress: Progress | None) -> Callable[[str], None]:
@@ -122,9 +171,10 @@ def _check_request(manifest: Manifest) -> None:
 def _fingerprint(checkpoint: str, backend: str, precision: str, defaults: Defaults) -> str:
     """A hash of all that goes into a bundle: weights and configs, settings, and the code that writes the graphs."""
     import t2v_rt.export
+    from t2v_rt.runtime import self_test
 
     code = hashlib.sha256()
-    for file in sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")):
+    for file in (*sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")), Path(self_test.__file__)):
         code.update(file.read_bytes())
     content = {
         "schema": SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""The command line: `t2v-rt build-engines | generate | inspect`."""
+"""The command line: `t2v-rt build-engines | generate | inspect | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from t2v_rt.errors import RequestError, T2VError
+from t2v_rt.errors import EngineError, RequestError, T2VError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
 GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
+VERIFY_EXAMPLE = "example: t2v-rt verify build/demo"
+DOCTOR_EXAMPLE = "example: t2v-rt doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_verify(commands)
+    _command(commands, "doctor", run_doctor, "Tell what of this machine can be used, and why not.", DOCTOR_EXAMPLE)
     return parser
 
 
@@ -138,6 +142,15 @@ def _add_inspect(commands: Any) -> None:
     add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
 
 
+def _add_verify(commands: Any) -> None:
+    text = "Hold a bundle's engines, on this machine, against the answers of their float32 reference."
+    add = _command(commands, "verify", run_verify, text, VERIFY_EXAMPLE).add_argument
+    add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--backend", help="must be the one that the bundle was built for")
+    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
+    add("--threads", type=int, help="threads per engine; all cores where it is left out")
+
+
 def run_build(options: argparse.Namespace) -> None:
     """`build-engines`."""
     from t2v_rt.build import build_engines
@@ -190,6 +203,28 @@ def run_inspect(options: argparse.Namespace) -> None:
     from t2v_rt.inspect import describe, inspect_bundle
 
     report = inspect_bundle(options.bundle)
+    show(options, report, describe(report))
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """`verify`; fails where a component does."""
+    from t2v_rt.verify import verify
+
+    report = verify(options.bundle, options.backend, provider=options.provider, threads=options.threads)
+    lines = [
+        f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
+        for name, item in report["components"].items()
+    ]
+    show(options, report, lines)
+    if not report["passed"]:
+        raise EngineError(f"{options.bundle} does not give the answers of its reference; do not use it on this machine")
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """`doctor`."""
+    from t2v_rt.doctor import describe, examine
+
+    report = examine()
     show(options, report, describe(report))
 
 
