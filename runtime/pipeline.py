@@ -17,8 +17,9 @@ from t2v_rt.engines.backends import Backend, check_backend, get_backend
 from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import BackendError, RequestError
-from t2v_rt.runtime import memory, wan
+from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
+from t2v_rt.runtime.memory_plan import MemoryPlan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
@@ -96,7 +97,7 @@ class TextToVideoPipeline:
         built_for = bundle.manifest.backend
         if backend not in (None, built_for):
             raise BackendError(f"{bundle_dir} was built for {built_for}, not {backend}; build it for {backend}")
-        budget = None if vram_budget is None else memory.parse_bytes(vram_budget)
+        budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
         return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider, grid)
 
@@ -286,19 +287,21 @@ class TextToVideoPipeline:
         Raises:
             RequestError: more is needed than there is, or than the budget allows.
         """
-        needed = self._estimate(request, kept_frames)
-        memory.check_fits(needed, platform.available_memory_bytes(), "the memory available")
+        self.plan(request, kept_frames).check(platform.available_memory_bytes(), "the memory available")
+        plan = self.plan(request)
         if self.vram_budget is not None:
-            memory.check_fits(self._estimate(request, 0), self.vram_budget, "the budget")
+            plan.check(self.vram_budget, "the budget")
+        self.stages.follow(plan)
 
-    def _estimate(self, request: Request, kept_frames: int) -> memory.MemoryEstimate:
-        batch, *sizes = self.latent_shape(request)
-        grid = self.stages.grid((batch, *sizes))
-        needed = memory.estimate(self.manifest, (batch, *sizes), kept_frames, grid)
-        if not request.guidance_batch:
-            return needed
-        doubled = memory.estimate(self.manifest, (2 * batch, *sizes), kept_frames, grid)
-        return replace(needed, denoise=doubled.denoise)
+    def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
+        """What a request takes in each stage under the budget, and what stays loaded when.
+
+        Args:
+            request: from `make_request`.
+            kept_frames: frames that are held at once as float32 results.
+        """
+        shape = self.latent_shape(request)
+        return self.stages.plan(shape, kept_frames=kept_frames, one_batch=bool(request.guidance_batch))
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """(B, C, F, H, W) of a request's latents."""

@@ -13,10 +13,11 @@ from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import memory, wan
+from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.frame_decoder import FrameDecoder
+from t2v_rt.runtime.memory_plan import MemoryPlan, make_plan
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.tiles import Grid
 
@@ -30,7 +31,7 @@ class Stages:
     Args:
         bundle: the opened bundle.
         backend: loads its engines.
-        budget: bytes the engines may take together; where their weights take more, each is released after its stage.
+        budget: bytes the engines may take together; where all do not fit, each is released after its stage.
         vae_tiles: tiles of the VAE decoder's tail; None for as few as the budget allows.
     """
 
@@ -44,8 +45,7 @@ class Stages:
         self._vae_tiles = vae_tiles
         self._components: dict[str, Component] = {}
         self._lock = threading.Lock()
-        weights = sum(spec.weights_bytes for spec in self.manifest.components.values())
-        self._keep = budget is None or weights <= budget
+        self._keep = budget is None  # until a request's plan says more
         model = self.manifest.model
         self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
         self._encoder = PromptEncoder(model, self.tokenizer, lambda: self.component("text_encoder"))
@@ -103,7 +103,22 @@ class Stages:
 
     def grid(self, shape: tuple[int, ...]) -> Grid:
         """The tiles that latents of `shape` (B, C, F, H, W) are decoded in."""
-        return self._vae_tiles or memory.coarsest_grid(self.manifest, shape, self._budget)
+        return make_plan(self.manifest, shape, budget=self._budget, grid=self._vae_tiles).grid
+
+    def plan(self, shape: tuple[int, ...], *, kept_frames: int, one_batch: bool) -> MemoryPlan:
+        """The memory plan of a request under this budget and these tiles; see `make_plan`."""
+        return make_plan(
+            self.manifest,
+            shape,
+            budget=self._budget,
+            grid=self._vae_tiles,
+            kept_frames=kept_frames,
+            one_batch=one_batch,
+        )
+
+    def follow(self, plan: MemoryPlan) -> None:
+        """From here on, keeps components loaded, or releases each after its stage, as a plan says."""
+        self._keep = plan.resident
 
     def component(self, name: str) -> Component:
         """A component's engines, loaded at the first use."""

@@ -1,4 +1,4 @@
-"""The command line: `t2v-rt build-engines | generate | inspect | verify | doctor`."""
+"""The command line: `t2v-rt build-engines | generate | inspect | plan | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
 GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
+PLAN_EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
 VERIFY_EXAMPLE = "example: t2v-rt verify build/demo"
 DOCTOR_EXAMPLE = "example: t2v-rt doctor"
 
@@ -67,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_plan(commands)
     _add_verify(commands)
     _command(commands, "doctor", run_doctor, "Tell what of this machine can be used, and why not.", DOCTOR_EXAMPLE)
     return parser
@@ -142,6 +144,18 @@ def _add_inspect(commands: Any) -> None:
     add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
 
 
+def _add_plan(commands: Any) -> None:
+    text = "Tell what a request needs in memory, stage by stage, and whether it fits; nothing is loaded."
+    add = _command(commands, "plan", run_plan, text, PLAN_EXAMPLE).add_argument
+    add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--height", type=int, help="in pixels")
+    add("--width", type=int, help="in pixels")
+    add("--num-frames", type=int, help="frames of the video")
+    add("--vram-budget", metavar="SIZE", help="memory of the card, such as 8GiB")
+    add("--vae-tiles", metavar="RxC", help="tiles of the VAE decoder, such as 2x3; as few as fit where it is left out")
+    add("--picture", metavar="FILE", help="also draw it, as an svg")
+
+
 def _add_verify(commands: Any) -> None:
     text = "Hold a bundle's engines, on this machine, against the answers of their float32 reference."
     add = _command(commands, "verify", run_verify, text, VERIFY_EXAMPLE).add_argument
@@ -203,6 +217,23 @@ def run_inspect(options: argparse.Namespace) -> None:
     from t2v_rt.inspect import describe, inspect_bundle
 
     report = inspect_bundle(options.bundle)
+    show(options, report, describe(report))
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """`plan`."""
+    from t2v_rt.plan import describe, plan, write_picture
+
+    report = plan(
+        options.bundle,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        vram_budget=options.vram_budget,
+        vae_tiles=options.vae_tiles,
+    )
+    if options.picture is not None:
+        write_picture(report, options.picture)
     show(options, report, describe(report))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from t2v_rt import RequestError, TextToVideoPipeline
 from t2v_rt.engines.manifest import TileSpec
-from t2v_rt.runtime import memory
+from t2v_rt.runtime.memory_plan import GRIDS, make_plan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.tiles import make_tiles, parse_grid, spans
 from tests.conftest import Tiny
@@ -73,11 +73,11 @@ def test_tiles_come_row_by_row() -> None:
 def test_a_budget_chooses_the_coarsest_grid_that_fits(narrow: Tiny) -> None:
     manifest = TextToVideoPipeline.from_pretrained(narrow.bundle).manifest
     shape = (1, manifest.model.latent_channels, 3, 60, 104)
-    needs = {grid: memory.estimate(manifest, shape, 0, grid).decode for grid in memory.GRIDS}
+    needs = {grid: make_plan(manifest, shape, grid=grid).stages[-1].total_bytes for grid in GRIDS}
     assert needs[1, 1] > needs[2, 2] > needs[3, 3]
-    assert memory.coarsest_grid(manifest, shape, None) == (1, 1)
-    assert memory.coarsest_grid(manifest, shape, needs[2, 2]) == (2, 2)
-    assert memory.coarsest_grid(manifest, shape, 1) == memory.GRIDS[-1]
+    assert make_plan(manifest, shape).grid == (1, 1)
+    assert make_plan(manifest, shape, budget=needs[2, 2]).grid == (2, 2)
+    assert make_plan(manifest, shape, budget=1).grid == GRIDS[-1]
 
 
 def test_a_whole_video_in_tiles_is_the_same_video(narrow: Tiny) -> None:
