@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 from t2v_rt.build import build_engines
 from t2v_rt.errors import (
     BackendError,
@@ -17,8 +15,6 @@ from t2v_rt.errors import (
 )
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
-
-__version__ = metadata.version("t2v-rt")
 
 __all__ = [
     "BackendError",
@@ -34,3 +30,11 @@ __all__ = [
     "__version__",
     "build_engines",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: the module that reads it takes long to import
+        from importlib import metadata
+
+        return metadata.version("t2v-rt")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

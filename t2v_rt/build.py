@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
 from t2v_rt.engines import platform
@@ -76,7 +75,7 @@ def build_engines(
         backend=backend,
         precision=precision,
         fingerprint=_fingerprint(source.digest(), backend, precision, defaults),
-        builder={"t2v-rt": metadata.version("t2v-rt"), "onnx": metadata.version("onnx")},
+        builder=_versions("t2v-rt", "onnx"),
         model=wan.model_spec(configs),
         scheduler=source.scheduler,
         defaults=defaults,
@@ -168,6 +167,12 @@ def _check_request(manifest: Manifest) -> None:
     get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
 
 
+def _versions(*packages: str) -> dict[str, str]:
+    from importlib import metadata  # takes long to import, and only building needs it
+
+    return {name: metadata.version(name) for name in packages}
+
+
 def _fingerprint(checkpoint: str, backend: str, precision: str, defaults: Defaults) -> str:
     """A hash of all that goes into a bundle: weights and configs, settings, and the code that writes the graphs."""
     import t2v_rt.export
@@ -183,7 +188,7 @@ def _fingerprint(checkpoint: str, backend: str, precision: str, defaults: Defaul
         "precision": precision,
         "defaults": vars(defaults),
         "export": code.hexdigest(),
-        "versions": {name: metadata.version(name) for name in ("t2v-rt", "onnx", "onnxruntime")},
+        "versions": _versions("t2v-rt", "onnx", "onnxruntime"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
