@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.wan_tensors import Config, Tensor, text_encoder_tensors, transformer_tensors, vae_tensors
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.memory import parse_bytes
+from t2v_rt.runtime.memory_plan import parse_bytes
 
 PIECE = 8 << 20  # values generated at once
 SHARD = "5GB"  # as the published checkpoint is sharded

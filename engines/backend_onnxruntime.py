@@ -26,23 +26,20 @@ PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
 }
 
 
+Buffers = dict[str, ort.OrtValue]
+
+
 class OrtState(EngineState):
-    """Two sets of device buffers: one is read while the other is written, then they change places."""
+    """Device buffers that are read, and spare ones that are written; after a call they change places.
 
-    def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], sizes: Mapping[str, int]) -> None:
-        self.sizes = sizes
-        self.current, self.spare = (
-            {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name, (shape, dtype) in tensors.items()}
-            for _ in range(2)
-        )
+    Args:
+        current: name -> buffer.
+        spare: likewise; states that are used one after another share one.
+        sizes: what the buffers were made for.
+    """
 
-    def to(self, device: str) -> OrtState:
-        """Moves the buffers to a device; on the CPU they are there already."""
-        if device != "cpu":
-            for buffers in (self.current, self.spare):
-                for name, value in buffers.items():
-                    buffers[name] = ort.OrtValue.ortvalue_from_numpy(value.numpy(), device, 0)
-        return self
+    def __init__(self, current: Buffers, spare: Buffers, sizes: Mapping[str, int]) -> None:
+        self.current, self.spare, self.sizes = current, spare, sizes
 
     @property
     def nbytes(self) -> int:
@@ -100,10 +97,16 @@ class OrtComponent(Component):
 
     device = "cpu"
 
-    def new_state(self, *, height: int, width: int) -> OrtState:
+    def new_states(self, count: int, *, height: int, width: int, part: str = "") -> list[OrtState]:
         sizes = {"height": height, "width": width}
-        tensors = {spec.name: (spec.resolve(sizes), spec.numpy_dtype) for spec in self.states}
-        return OrtState(tensors, sizes).to(self.device)
+        tensors = {spec.name: (spec.resolve(sizes), spec.numpy_dtype) for spec in self.states(part)}
+
+        def buffers() -> Buffers:
+            zeros = {name: np.zeros(shape, dtype) for name, (shape, dtype) in tensors.items()}
+            return {name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, 0) for name, zero in zeros.items()}
+
+        spare = buffers()
+        return [OrtState(buffers(), spare, sizes) for _ in range(count)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -132,19 +132,27 @@ class Component(ABC):
     def __iter__(self) -> Iterator[str]:
         return iter(self.engines)
 
-    @property
-    def states(self) -> tuple[TensorSpec, ...]:
-        """The state tensors of all engines, each once."""
-        found = {state.tensor.name: state.tensor for engine in self.engines.values() for state in engine.states}
-        return tuple(found.values())
+    def states(self, part: str = "") -> tuple[TensorSpec, ...]:
+        """The state tensors of all engines whose role begins with `part`, each once."""
+        engines = [engine for role, engine in self.engines.items() if role.startswith(part)]
+        return tuple({state.tensor.name: state.tensor for engine in engines for state in engine.states}.values())
+
+    def new_state(self, *, height: int, width: int, part: str = "") -> EngineState:
+        """A zero-filled state; see `new_states`."""
+        return self.new_states(1, height=height, width=width, part=part)[0]
 
     @abstractmethod
-    def new_state(self, *, height: int, width: int) -> EngineState:
-        """A zero-filled state.
+    def new_states(self, count: int, *, height: int, width: int, part: str = "") -> Sequence[EngineState]:
+        """Zero-filled states that are used one after another, such as those of a frame's tiles.
+
+        They share the buffers that a call writes before they become the state: `count` states take `count + 1` times
+        the memory of one, not twice as much each.
 
         Args:
-            height: of the latents, in latent rows.
-            width: of the latents, in latent columns.
+            count: number of states.
+            height: rows of what the engines are fed: latents, or the features of a tile.
+            width: columns likewise.
+            part: for the engines whose role begins with it, such as `head` or `tail`; for all by default.
         """
 
     def close(self) -> None:

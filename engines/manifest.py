@@ -13,7 +13,7 @@ from t2v_rt.engines.plans import PlanSpec, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 
 
@@ -55,31 +55,69 @@ class GraphSpec:
         )
 
 
+# tiles from top to bottom and from left to right, in the order they are tried
+GRIDS: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4))
+
+
 @dataclass(frozen=True)
-class ComponentSpec:
-    """A component: its engines by role (`model`; the VAE decoder has `first` and `next`) and their size.
+class TileSpec:
+    """How the part of a decoder that sees only its neighbourhood can work on tiles.
 
     Args:
-        graphs: role -> engine file.
+        scale: features per latent row and column.
+        upscale: pixels per feature row and column.
+        halo: how many features beyond its own a tile has to see on each side, so that it equals the whole.
+        grid: tiles from top to bottom and from left to right that the engines were built for; None where any will do.
+    """
+
+    scale: int
+    upscale: int
+    halo: int
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        grid = fields["grid"]
+        return cls(**{**fields, "grid": None if grid is None else (int(grid[0]), int(grid[1]))})
+
+    def fed_length(self, length: int, count: int) -> int:
+        """Features that each of `count` tiles is fed along an axis of `length`.
+
+        No tile of two has a neighbour on both sides, so two tiles see the halo on one side only.
+        """
+        return min(length, -(-length // count) + min(count - 1, 2) * self.halo)
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """A component: its engines by role and their size.
+
+    Args:
+        graphs: role -> engine file: `model`; the VAE decoder has `head_first`, `head_next` (latents to features) and
+            `tail_first`, `tail_next` (features to frames).
         precision: of matmul and convolution operands.
         weights_bytes: bytes of weights, shared by the graphs.
+        tiles: of the VAE decoder's tail.
     """
 
     graphs: Mapping[str, GraphSpec]
     precision: str
     weights_bytes: int
+    tiles: TileSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
             "precision": self.precision,
             "weights_bytes": self.weights_bytes,
+            "tiles": None if self.tiles is None else asdict(self.tiles),
         }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         graphs = {str(role): GraphSpec.from_json(graph) for role, graph in fields["graphs"].items()}
-        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]))
+        tiles = None if fields["tiles"] is None else TileSpec.from_json(fields["tiles"])
+        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]), tiles)
 
 
 @dataclass(frozen=True)
@@ -227,10 +265,10 @@ class Manifest:
         """
         if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
             raise BundleError(f"{MANIFEST_NAME} has no schema_version; expected a bundle written by build-engines")
-        if content["schema_version"] > SCHEMA_VERSION:
+        if content["schema_version"] != SCHEMA_VERSION:
             raise BundleError(
-                f"{MANIFEST_NAME} has schema {content['schema_version']}, this version reads up to {SCHEMA_VERSION}; "
-                "update t2v-rt, or build the bundle again"
+                f"{MANIFEST_NAME} has schema {content['schema_version']}, this version reads {SCHEMA_VERSION}; "
+                "use the t2v-rt that built it, or build the bundle again"
             )
         try:
             result = cls(

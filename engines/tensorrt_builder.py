@@ -42,7 +42,7 @@ class PlanBuilder:
         graphs: Path,
         folder: Path,
         spec: ComponentSpec,
-        profiles: Sequence[Ranges],
+        profiles: Mapping[str, Sequence[Ranges]],
         nodes: Mapping[str, Mapping[str, int]],
         report: Report,
     ) -> ComponentSpec:
@@ -52,7 +52,7 @@ class PlanBuilder:
             graphs: folder that the component's graphs were exported to.
             folder: of the bundle; plans get the graphs' paths in it, with another suffix.
             spec: of the graphs.
-            profiles: symbol -> range, for each shape profile.
+            profiles: role -> symbol -> range, for each shape profile.
             nodes: role -> operator -> number of nodes of the graph.
             report: called with the fraction done.
 
@@ -68,8 +68,8 @@ class PlanBuilder:
             path = str(Path(graph.path).with_suffix(SUFFIX).as_posix())
             (folder / path).parent.mkdir(exist_ok=True)
             part = partial(_report_part, report, i, len(spec.graphs))
-            result = self.build(graph, graphs / graph.path, folder / path, profiles, part)
-            told = zip(profiles, result["context_bytes"], strict=True)
+            result = self.build(graph, graphs / graph.path, folder / path, profiles[role], part)
+            told = zip(profiles[role], result["context_bytes"], strict=True)
             plan = PlanSpec(
                 tuple(PlanProfile(dict(ranges), int(size)) for ranges, size in told),
                 int(result["weights_bytes"]),
@@ -78,7 +78,7 @@ class PlanBuilder:
             )
             built[role] = replace(graph, path=path, plan=plan)
         weights = sum(graph.plan.weights_bytes for graph in built.values() if graph.plan is not None)
-        return ComponentSpec(built, spec.precision, weights)
+        return replace(spec, graphs=built, weights_bytes=weights)
 
     def build(
         self, spec: GraphSpec, graph: Path, plan: Path, profiles: Sequence[Ranges], report: Report

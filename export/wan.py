@@ -32,7 +32,7 @@ DEFAULTS = Defaults(
 ROLES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("model",),
     "transformer": ("model",),
-    "vae_decoder": ("first", "next"),
+    "vae_decoder": ("head_first", "head_next", "tail_first", "tail_next"),
 }
 COMPONENTS = tuple(ROLES)
 
@@ -118,7 +118,7 @@ def export_component(
     configs: WanConfigs,
     folder: Path,
     precision: Precision,
-    form: Form | None = None,
+    forms: Mapping[str, Form] | None = None,
 ) -> ComponentSpec:
     """Writes the graphs and weights of one component.
 
@@ -128,7 +128,7 @@ def export_component(
         configs: from `read_configs`.
         folder: of the bundle; a folder of the component's name is made in it.
         precision: of matmul and convolution operands.
-        form: how the backend wants the graphs; None for ONNX Runtime's.
+        forms: how the backend wants the graph of each role; None for ONNX Runtime's.
 
     Returns:
         What the manifest says of it.
@@ -141,16 +141,19 @@ def export_component(
     with _writing(folder, name) as store:
         for role in ROLES[name]:
             label = name if role == "model" else f"{name}.{role}"
-            g = GraphWriter(label, weights, store, precision, form or Form())
+            g = GraphWriter(label, weights, store, precision, Form() if forms is None else forms[role])
             states: Sequence[StateSpec] = ()
             if name == "text_encoder":
                 write_text_encoder(g, configs.text_encoder)
             elif name == "transformer":
                 write_transformer(g, configs.transformer)
             else:
-                states = VaeDecoderGraph(g, configs.vae, first=role == "first").write()
+                part, _, when = role.partition("_")
+                writer = VaeDecoderGraph(g, configs.vae, first=when == "first")
+                states = writer.write_head() if part == "head" else writer.write_tail()
             graphs[role] = _saved(g, store, role, states)
-    return ComponentSpec(graphs, precision, store.nbytes)
+    tiles = configs.vae.tiles if name == "vae_decoder" else None
+    return ComponentSpec(graphs, precision, store.nbytes, tiles)
 
 
 def _writing(folder: Path, name: str) -> WeightFile:

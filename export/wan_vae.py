@@ -1,18 +1,22 @@
-"""The Wan2.1 VAE decoder as two ONNX graphs: one for the first latent frame, one for each later one.
+"""The Wan2.1 VAE decoder as four ONNX graphs: a head and a tail, of the first latent frame and of each later one.
 
 Source of the architecture: diffusers `AutoencoderKLWan`. Its convolutions are causal in time: each looks back two
 frames, kept from one latent frame to the next. Here these caches are engine state, two frames each, zero at first:
 
-- `first` makes one frame of the first latent frame and writes the caches. Nothing lies before that frame, so each
-  kernel needs only its last slice in time, and time is not doubled.
-- `next` makes `temporal_factor` frames of a later latent frame, reading and rewriting the caches. A frame further
-  back than the video's start is zero in the cache, as in the reference's padding.
+- The `first` graphs make one frame of the first latent frame and write the caches. Nothing lies before that frame, so
+  each kernel needs only its last slice in time, and time is not doubled.
+- The `next` graphs make `temporal_factor` frames of a later latent frame, reading and rewriting the caches. A frame
+  further back than the video's start is zero in the cache, as in the reference's padding.
+
+The head ends before the last two levels and gives features at half the frames' resolution. After its attention among
+the pixels of a frame everything is local, so the tail, where nearly all memory is, can work on tiles of the features:
+with `halo` more on each side than it keeps, a tile is what the whole would have been, but for rounding.
 
 Frames are the batch axis (T, C, H, W), and a kernel over three frames is a flat one over their channels side by side:
 two-dimensional convolutions are what every backend does fastest. On ONNX Runtime's CPU they also sum in one order
 whatever the number of threads, which three-dimensional ones do not on small images.
 
-Both graphs read the same weight file.
+All graphs read the same weight file.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.manifest import TileSpec
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
@@ -59,6 +64,22 @@ class VaeConfig:
     def temporal_factor(self) -> int:
         return int(2 ** sum(self.time_upsample))
 
+    @property
+    def tail_levels(self) -> int:
+        """Levels of the tail: the last two, where there are so many."""
+        return min(2, len(self.dim_mult) - 1)
+
+    @property
+    def tiles(self) -> TileSpec:
+        """Where the tail begins, and how far its kernels see there."""
+        reach = 1  # the last convolution
+        for level in range(self.tail_levels):
+            reach += 2 * (self.res_blocks + 1)
+            if level < self.tail_levels - 1:
+                reach = (reach + 1 + 1) // 2  # the convolution after the upsampling, then half the resolution
+        upsampled = self.tail_levels - 1
+        return TileSpec(scale=self.spatial_factor // 2**upsampled, upscale=2**upsampled, halo=reach)
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VaeConfig:
         """Reads `vae/config.json`; raises CheckpointError for another architecture, Wan2.2's VAE among them."""
@@ -93,12 +114,12 @@ class VaeConfig:
 
 @dataclass
 class VaeDecoderGraph:
-    """Writes one of the two decoder graphs.
+    """Writes one of the decoder's graphs.
 
     Args:
         g: the graph to write into.
         config: of the VAE.
-        first: whether it is the graph of the first latent frame.
+        first: whether it is a graph of the first latent frame.
     """
 
     g: GraphWriter
@@ -106,27 +127,47 @@ class VaeDecoderGraph:
     first: bool
     states: list[StateSpec] = field(default_factory=list)
 
-    def write(self) -> list[StateSpec]:
-        """Writes the graph; returns the states it reads and writes, in graph order."""
+    def write_head(self) -> list[StateSpec]:
+        """Writes latents -> features; returns the states it reads and writes, in graph order."""
         g, config = self.g, self.config
-        z, widths = config.z_dim, config.widths
+        z, width = config.z_dim, config.widths[0]
         latents = g.input(TensorSpec("latents", "float32", (1, z, "height", "width")))
         x = self._pointwise(g.half(latents), "post_quant_conv", z, z)
-        x = self._causal_conv(x, "decoder.conv_in", z, widths[0], 1, 1)
-        x = self._mid_block(x, widths[0])
-        scale, frames, width = 1, 1, widths[0]
-        for level, out_width in enumerate(widths[1:]):
-            name = f"decoder.up_blocks.{level}"
+        x = self._causal_conv(x, "decoder.conv_in", z, width, 1, 1)
+        x = self._mid_block(x, width)
+        x, scale, frames, width = self._levels(x, range(len(config.dim_mult) - config.tail_levels), 1, 1, width)
+        size = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
+        g.output(x, TensorSpec("features", g.compute_dtype, (frames, width, *size)))
+        return self.states
+
+    def write_tail(self) -> list[StateSpec]:
+        """Writes features -> frames, of the whole or of a tile; returns its states likewise."""
+        g, config = self.g, self.config
+        head = range(len(config.dim_mult) - config.tail_levels)
+        frames, width = 1, config.widths[0]
+        for level in head:
+            frames *= 2 if config.time_upsample[level] and not self.first else 1
+            width = config.widths[level + 1] // 2
+        x = g.input(TensorSpec("features", g.compute_dtype, (frames, width, "height", "width")))
+        tail = range(head.stop, len(config.dim_mult))
+        x, scale, frames, width = self._levels(x, tail, 1, frames, width)
+        x = g.half(g.silu(self._rms_norm(x, "decoder.norm_out", width, 4)))
+        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale, frames))
+        pixels = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
+        g.output(x, TensorSpec("frames", "float32", (frames, config.out_channels, *pixels)))
+        return self.states
+
+    def _levels(self, x: str, levels: range, scale: int, frames: int, width: int) -> tuple[str, int, int, int]:
+        """Some levels of the decoder, each but the last of all with the upsampling after it."""
+        config = self.config
+        for level in levels:
+            name, out_width = f"decoder.up_blocks.{level}", config.widths[level + 1]
             for block in range(config.res_blocks + 1):
                 x = self._res_block(x, f"{name}.resnets.{block}", width, out_width, scale, frames)
                 width = out_width
             if level < len(config.dim_mult) - 1:
                 x, scale, frames, width = self._upsample(x, f"{name}.upsamplers.0", level, width, scale, frames)
-        x = g.half(g.silu(self._rms_norm(x, "decoder.norm_out", width, 4)))
-        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale, frames))
-        pixels = (f"{scale}*height", f"{scale}*width")
-        g.output(x, TensorSpec("frames", "float32", (frames, config.out_channels, *pixels)))
-        return self.states
+        return x, scale, frames, width
 
     # -- the blocks --------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ from t2v_rt.engines.backends import Backend, check_backend, get_backend
 from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import BackendError, RequestError
-from t2v_rt.runtime import memory, wan
+from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
+from t2v_rt.runtime.memory_plan import MemoryPlan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
@@ -27,6 +28,7 @@ from t2v_rt.runtime.run import FrameStream, Run, make_output
 from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.tiles import Grid, parse_grid
 
 Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -43,15 +45,24 @@ class TextToVideoPipeline:
         backend: loads its engines.
         vram_budget: bytes the engines may take together, or None.
         provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
+        vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
+            allows.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, vram_budget: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        vram_budget: int | None = None,
+        provider: str = "cpu",
+        vae_tiles: Grid | None = None,
+    ) -> None:
         self.bundle = bundle
         self.provider = provider
         manifest = bundle.manifest
         self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
         self.vram_budget = vram_budget
-        self.stages = Stages(bundle, backend, vram_budget)
+        self.stages = Stages(bundle, backend, vram_budget, vae_tiles)
 
     @classmethod
     def from_pretrained(
@@ -62,6 +73,7 @@ class TextToVideoPipeline:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        vae_tiles: str | Sequence[int] | None = None,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
@@ -71,11 +83,13 @@ class TextToVideoPipeline:
             vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit.
             provider: of ONNX Runtime, `cpu` or `cuda`.
             threads: per engine on the CPU; None for as many as there are cores.
+            vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
+                right: less memory, the same frames. None for as few as the budget allows.
 
         Raises:
-            BundleError: the bundle is missing, damaged, edited or too new.
+            BundleError: the bundle is missing, damaged, edited or of another schema.
             BackendError: the backend is unknown, not usable here, or not the bundle's.
-            RequestError: the budget cannot be read.
+            RequestError: the budget or the tiles cannot be read.
         """
         if backend is not None:
             check_backend(backend)
@@ -83,8 +97,9 @@ class TextToVideoPipeline:
         built_for = bundle.manifest.backend
         if backend not in (None, built_for):
             raise BackendError(f"{bundle_dir} was built for {built_for}, not {backend}; build it for {backend}")
-        budget = None if vram_budget is None else memory.parse_bytes(vram_budget)
-        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider)
+        budget = None if vram_budget is None else parse_bytes(vram_budget)
+        grid = None if vae_tiles is None else parse_grid(vae_tiles)
+        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider, grid)
 
     @property
     def manifest(self) -> Manifest:
@@ -272,18 +287,21 @@ class TextToVideoPipeline:
         Raises:
             RequestError: more is needed than there is, or than the budget allows.
         """
-        needed = self._estimate(request, kept_frames)
-        memory.check_fits(needed, platform.available_memory_bytes(), "the memory available")
+        self.plan(request, kept_frames).check(platform.available_memory_bytes(), "the memory available")
+        plan = self.plan(request)
         if self.vram_budget is not None:
-            memory.check_fits(self._estimate(request, 0), self.vram_budget, "the budget")
+            plan.check(self.vram_budget, "the budget")
+        self.stages.follow(plan)
 
-    def _estimate(self, request: Request, kept_frames: int) -> memory.MemoryEstimate:
-        batch, *sizes = self.latent_shape(request)
-        needed = memory.estimate(self.manifest, (batch, *sizes), kept_frames)
-        if not request.guidance_batch:
-            return needed
-        doubled = memory.estimate(self.manifest, (2 * batch, *sizes), kept_frames)
-        return replace(needed, denoise=doubled.denoise)
+    def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
+        """What a request takes in each stage under the budget, and what stays loaded when.
+
+        Args:
+            request: from `make_request`.
+            kept_frames: frames that are held at once as float32 results.
+        """
+        shape = self.latent_shape(request)
+        return self.stages.plan(shape, kept_frames=kept_frames, one_batch=bool(request.guidance_batch))
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """(B, C, F, H, W) of a request's latents."""

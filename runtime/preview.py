@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.stages import Stages
+from t2v_rt.runtime.tiles import WHOLE
 
 Array = NDArray[np.float32]
 LONGEST_SIDE = 32  # latent rows or columns of a thumbnail, at most: a 16th of the work at 832x480
@@ -46,7 +47,7 @@ def _preview_video(stages: Stages, video: Array) -> Array:
     # the VAE has never seen latents of the little contrast that averages have
     small = with_contrast_of(video, means)
     size = stages.manifest.model.spatial_factor
-    chunks = [chunk.mean(0)[None].transpose(3, 0, 1, 2) for chunk in stages.decode(small[None])]
+    chunks = [chunk.mean(0)[None].transpose(3, 0, 1, 2) for chunk in stages.decode(small[None], grid=WHOLE)]
     colours = shrunk(np.concatenate(chunks, axis=1), size)
     detail = video - enlarged(means, factor, height, width)
     slopes = fitted_slopes(small, colours)

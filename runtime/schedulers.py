@@ -1,24 +1,27 @@
-"""The samplers by class and by short name."""
+"""The samplers by class and by short name; a sampler's module is imported when it is first asked for."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from t2v_rt.runtime.ddim import DDIMScheduler
-from t2v_rt.runtime.ddpm import DDPMScheduler
-from t2v_rt.runtime.deis_multistep import DEISMultistepScheduler
-from t2v_rt.runtime.dpmsolver_multistep import DPMSolverMultistepScheduler
-from t2v_rt.runtime.euler_ancestral import EulerAncestralDiscreteScheduler
-from t2v_rt.runtime.euler_discrete import EulerDiscreteScheduler
-from t2v_rt.runtime.flow_match_euler import FlowMatchEulerDiscreteScheduler
-from t2v_rt.runtime.heun_discrete import HeunDiscreteScheduler
-from t2v_rt.runtime.lcm import LCMScheduler
-from t2v_rt.runtime.pndm import PNDMScheduler
 from t2v_rt.runtime.scheduler_base import Scheduler, SchedulerOutput
-from t2v_rt.runtime.unipc_multistep import UniPCMultistepScheduler
+
+if TYPE_CHECKING:
+    from t2v_rt.runtime.cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+    from t2v_rt.runtime.ddim import DDIMScheduler
+    from t2v_rt.runtime.ddpm import DDPMScheduler
+    from t2v_rt.runtime.deis_multistep import DEISMultistepScheduler
+    from t2v_rt.runtime.dpmsolver_multistep import DPMSolverMultistepScheduler
+    from t2v_rt.runtime.euler_ancestral import EulerAncestralDiscreteScheduler
+    from t2v_rt.runtime.euler_discrete import EulerDiscreteScheduler
+    from t2v_rt.runtime.flow_match_euler import FlowMatchEulerDiscreteScheduler
+    from t2v_rt.runtime.heun_discrete import HeunDiscreteScheduler
+    from t2v_rt.runtime.lcm import LCMScheduler
+    from t2v_rt.runtime.pndm import PNDMScheduler
+    from t2v_rt.runtime.unipc_multistep import UniPCMultistepScheduler
 
 __all__ = [
     "CogVideoXDDIMScheduler",
@@ -37,37 +40,61 @@ __all__ = [
     "SchedulerOutput",
     "UniPCMultistepScheduler",
     "available_schedulers",
+    "fitting_schedulers",
     "get_scheduler",
     "scheduler_class",
 ]
 
-Sampler = tuple[type[Scheduler[Any]], Mapping[str, Any]]
+MODULES: Mapping[str, str] = {
+    "CogVideoXDDIMScheduler": "cogvideox",
+    "CogVideoXDPMScheduler": "cogvideox",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis_multistep",
+    "DPMSolverMultistepScheduler": "dpmsolver_multistep",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler_discrete",
+    "FlowMatchEulerDiscreteScheduler": "flow_match_euler",
+    "HeunDiscreteScheduler": "heun_discrete",
+    "LCMScheduler": "lcm",
+    "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc_multistep",
+}
+Sampler = tuple[str, Mapping[str, Any]]  # class name, and the settings that a short name stands for
 KARRAS: Mapping[str, Any] = {"use_karras_sigmas": True}
-# short name -> class, and the settings that the name stands for
 SAMPLERS: Mapping[str, Sampler] = {
-    "cogvideox-ddim": (CogVideoXDDIMScheduler, {}),
-    "cogvideox-dpm": (CogVideoXDPMScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
-    "ddpm": (DDPMScheduler, {}),
-    "deis": (DEISMultistepScheduler, {}),
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "dpm++-karras": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", **KARRAS}),
-    "dpm++-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++-sde-karras": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", **KARRAS}),
-    "euler": (FlowMatchEulerDiscreteScheduler, {}),
-    "euler-a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "lcm": (LCMScheduler, {}),
-    "pndm": (PNDMScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "unipc-karras": (UniPCMultistepScheduler, KARRAS),
+    "cogvideox-ddim": ("CogVideoXDDIMScheduler", {}),
+    "cogvideox-dpm": ("CogVideoXDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **KARRAS}),
+    "dpm++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++-sde-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **KARRAS}),
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "unipc-karras": ("UniPCMultistepScheduler", KARRAS),
 }
 # methods that have another class for the one kind of model than for the other
-FOR_FLOW: Mapping[str, Sampler] = {"lcm": (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True})}
-FOR_NOISE: Mapping[str, Sampler] = {"euler": (EulerDiscreteScheduler, {})}
-CLASSES: Mapping[str, type[Scheduler[Any]]] = {
-    cls.__name__: cls for cls, _ in (*SAMPLERS.values(), *FOR_NOISE.values())
-}
+FOR_FLOW: Mapping[str, Sampler] = {"lcm": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})}
+FOR_NOISE: Mapping[str, Sampler] = {"euler": ("EulerDiscreteScheduler", {})}
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODULES:
+        return _load(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load(name: str) -> type[Scheduler[Any]]:
+    """A class by its name."""
+    found: type[Scheduler[Any]] = getattr(importlib.import_module(f"t2v_rt.runtime.{MODULES[name]}"), name)
+    return found
 
 
 def available_schedulers() -> tuple[str, ...]:
@@ -121,18 +148,20 @@ def scheduler_class(name: str, config: Mapping[str, Any] | None = None) -> type[
     return _find(name, config or {})[0]
 
 
-def _find(name: str, config: Mapping[str, Any]) -> Sampler:
-    if name in CLASSES:
-        return CLASSES[name], {}
+def _find(name: str, config: Mapping[str, Any]) -> tuple[type[Scheduler[Any]], Mapping[str, Any]]:
+    """The class and the settings that a name stands for, on the model that a config describes."""
+    if name in MODULES:
+        return _load(name), {}
     if name not in SAMPLERS:
         raise RequestError(f"unknown scheduler {name!r}; expected one of {', '.join(available_schedulers())}")
     kinds = FOR_FLOW if is_flow(config) else FOR_NOISE if "prediction_type" in config else {}
-    return kinds.get(name, SAMPLERS[name])
+    class_name, preset = kinds.get(name, SAMPLERS[name])
+    return _load(class_name), preset
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a saved config is that of a flow model."""
-    of_flow_class = config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__
+    of_flow_class = config.get("_class_name") == "FlowMatchEulerDiscreteScheduler"
     return config.get("prediction_type") == "flow_prediction" or ("prediction_type" not in config and of_flow_class)
 
 

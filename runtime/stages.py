@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
+from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
+from t2v_rt.runtime.frame_decoder import FrameDecoder
+from t2v_rt.runtime.memory_plan import MemoryPlan, make_plan
 from t2v_rt.runtime.prompt import PromptTokenizer
+from t2v_rt.runtime.tiles import Grid
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -27,17 +31,21 @@ class Stages:
     Args:
         bundle: the opened bundle.
         backend: loads its engines.
-        budget: bytes the engines may take together; where their weights take more, each is released after its stage.
+        budget: bytes the engines may take together; where all do not fit, each is released after its stage.
+        vae_tiles: tiles of the VAE decoder's tail; None for as few as the budget allows.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, budget: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, budget: int | None = None, vae_tiles: Grid | None = None
+    ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._backend = backend
+        self._budget = budget
+        self._vae_tiles = vae_tiles
         self._components: dict[str, Component] = {}
         self._lock = threading.Lock()
-        weights = sum(spec.weights_bytes for spec in self.manifest.components.values())
-        self._keep = budget is None or weights <= budget
+        self._keep = budget is None  # until a request's plan says more
         model = self.manifest.model
         self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
         self._encoder = PromptEncoder(model, self.tokenizer, lambda: self.component("text_encoder"))
@@ -51,7 +59,11 @@ class Stages:
                 self.release("text_encoder")
 
     def decode(
-        self, latents: Array, progress: Progress | None = None, cancel: threading.Event | None = None
+        self,
+        latents: Array,
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+        grid: Grid | None = None,
     ) -> Iterator[Array]:
         """Decodes one video's latents, one latent frame at a time.
 
@@ -59,28 +71,54 @@ class Stages:
             latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
             progress: called as `f("decode", done, total)`.
             cancel: looked at before each chunk, or None.
+            grid: tiles of the decoder's tail, from top to bottom and from left to right, instead of `vae_tiles` or
+                the budget's; the result is the same.
 
         Returns:
             An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
 
         Raises:
             CancelledError: `cancel` was set.
+            RequestError: latents of another shape, or more tiles than there are features.
             EngineError: the VAE failed or gave values that are not finite.
         """
         model = self.manifest.model
+        if latents.ndim != 5 or latents.shape[:2] != (1, model.latent_channels) or 0 in latents.shape:
+            raise RequestError(
+                f"latents have shape {list(latents.shape)}; expected those of one video of this model, "
+                f"(1, {model.latent_channels}, frames, rows, columns)"
+            )
         _, _, count, height, width = latents.shape
+        grid = grid or self.grid(latents.shape)
         check_cancelled(cancel, "decode")
         with self.stage("vae_decoder") as vae:
-            state = vae.new_state(height=height, width=width)
+            decoder = FrameDecoder(vae, height, width, grid)
             for i in range(count):
                 check_cancelled(cancel, "decode")
-                chunk = wan.denormalize(model, latents[:, :, i])
-                engine = vae["first" if i == 0 else "next"]
-                frames = engine.infer({"latents": np.ascontiguousarray(chunk)}, state)["frames"]
+                frames = decoder.decode(wan.denormalize(model, latents[:, :, i]))
                 check_finite(frames, "decode", "the VAE decoder")
                 if progress is not None:
                     progress("decode", i + 1, count)
                 yield wan.to_unit_range(frames)
+
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """The tiles that latents of `shape` (B, C, F, H, W) are decoded in."""
+        return make_plan(self.manifest, shape, budget=self._budget, grid=self._vae_tiles).grid
+
+    def plan(self, shape: tuple[int, ...], *, kept_frames: int, one_batch: bool) -> MemoryPlan:
+        """The memory plan of a request under this budget and these tiles; see `make_plan`."""
+        return make_plan(
+            self.manifest,
+            shape,
+            budget=self._budget,
+            grid=self._vae_tiles,
+            kept_frames=kept_frames,
+            one_batch=one_batch,
+        )
+
+    def follow(self, plan: MemoryPlan) -> None:
+        """From here on, keeps components loaded, or releases each after its stage, as a plan says."""
+        self._keep = plan.resident
 
     def component(self, name: str) -> Component:
         """A component's engines, loaded at the first use."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from t2v_rt.build import build_engines
 from t2v_rt.errors import (
     BackendError,
     BundleError,
@@ -18,7 +17,8 @@ from t2v_rt.errors import (
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
-__version__ = metadata.version("t2v-rt")
+if TYPE_CHECKING:
+    from t2v_rt.build import build_engines
 
 __all__ = [
     "BackendError",
@@ -34,3 +34,16 @@ __all__ = [
     "__version__",
     "build_engines",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What takes long to import and is seldom asked for."""
+    if name == "build_engines":
+        from t2v_rt.build import build_engines
+
+        return build_engines
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("t2v-rt")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

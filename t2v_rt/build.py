@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v_rt.engines import platform
-from t2v_rt.engines.backends import check_backend
+from t2v_rt.engines.backends import check_backend, get_backend
 from t2v_rt.engines.bundle import Bundle, new_bundle, open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Manifest
 from t2v_rt.engines.plans import Sizes, VideoProfile, parse_profiles
@@ -24,9 +24,11 @@ from t2v_rt.errors import BundleError, InputError, RequestError
 if TYPE_CHECKING:
     from t2v_rt.export.checkpoint import Checkpoint
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Report = Callable[[str, float], None]
-STEPS = ("text_encoder", "transformer", "vae_decoder", "hash", "done")
+STEPS = ("text_encoder", "transformer", "vae_decoder", "self_test", "hash", "done")
+REFERENCE_GROWTH = 2.5  # half weights become float32, and ONNX Runtime packs the largest matrices once more
 PER_STEP = 100  # what progress counts in
 DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
 PRECISIONS = {"onnxruntime": "fp32"}  # of a backend where none is given; plans are half precision
@@ -91,6 +93,9 @@ def build_engines(
     report = _reporter(progress)
     with new_bundle(target) as folder:
         components = job.components(manifest, folder, report)
+        report("self_test", 0.0)
+        if job.can_run_reference(folder):
+            job.record_self_test(manifest, components, folder)
         (folder / "tokenizer").mkdir()
         shutil.copyfile(job.source.tokenizer, folder / "tokenizer" / "tokenizer.json")
         report("hash", 0.0)
@@ -135,7 +140,7 @@ class _Build:
         if not self.makes_plans and (len(profiles) > 1 or not all(r.fixed for r in vars(profiles[0]).values())):
             raise RequestError("ONNX Runtime's engines take any size: give one height, width and number of frames")
         library = {self.backend: load_library(self.backend).version} if self.makes_plans else {}
-        builder = {**{name: metadata.version(name) for name in ("t2v-rt", "onnx")}, **library}
+        builder = {**_versions("t2v-rt", "onnx"), **library}
         return Manifest(
             backend=self.backend,
             precision=self.precision,
@@ -153,8 +158,9 @@ class _Build:
         """A hash of all that goes into a bundle: weights and configs, settings, and the code that builds."""
         import t2v_rt.engines
         import t2v_rt.export
+        from t2v_rt.runtime import self_test
 
-        files = sorted(Path(t2v_rt.export.__path__[0]).glob("*.py"))
+        files = [*sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")), Path(self_test.__file__)]
         if self.makes_plans:
             files += sorted(Path(t2v_rt.engines.__path__[0]).glob("tensorrt_*.py"))
         code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
@@ -166,7 +172,7 @@ class _Build:
             "targets": self.targets,
             "profiles": [profile.to_json() for profile in profiles],
             "code": code.hexdigest(),
-            "versions": {**builder, "onnxruntime": metadata.version("onnxruntime")},
+            "versions": {**builder, **_versions("onnxruntime")},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -184,10 +190,11 @@ class _Build:
             return result
 
         from t2v_rt.engines.tensorrt_builder import PlanBuilder
-        from t2v_rt.export.wan_profiles import component_forms, component_ranges
+        from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grid
         from t2v_rt.inspect import count_nodes
 
-        ranges = component_ranges(manifest.model, manifest.profiles)
+        tiles = with_grid(configs.vae.tiles, manifest.model, manifest.profiles)
+        ranges = component_ranges(manifest.model, manifest.profiles, tiles)
         forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, "sm75" not in self.targets)
         builder, result = PlanBuilder(self.backend, self.targets), {}
         for name in wan.COMPONENTS:
@@ -195,10 +202,55 @@ class _Build:
             graphs = folder / "graphs"
             graphs.mkdir()
             spec = wan.export_component(name, self.source, configs, graphs, precision, forms[name])
+            spec = replace(spec, tiles=tiles if spec.tiles else None)
             nodes = {role: count_nodes(graphs / graph.path) for role, graph in spec.graphs.items()}
             result[name] = builder.build_component(graphs, folder, spec, ranges[name], nodes, partial(report, name))
             platform.remove_tree(graphs)
         return result
+
+    def can_run_reference(self, folder: Path) -> bool:
+        """Whether the model fits memory and disk once more in float32; where it does not, that is said.
+
+        Plans carry no self-test yet: their shapes are those of whole videos, too large for a reference on the CPU.
+        """
+        if self.makes_plans:
+            return False
+        needed = int(self.source_bytes * REFERENCE_GROWTH)
+        room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
+        if needed > room:
+            logger.warning(
+                "the bundle carries no self-test: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                needed / 1e9,
+                room / 1e9,
+            )
+        return needed <= room
+
+    def record_self_test(self, manifest: Manifest, components: Mapping[str, ComponentSpec], folder: Path) -> None:
+        """Runs the float32 graphs on the CPU, exported once more where the bundle has others; keeps their answers."""
+        from t2v_rt.export import wan
+        from t2v_rt.runtime import self_test
+
+        place, configs = folder, wan.read_configs(self.source)
+        if self.precision != "fp32":
+            place = folder / "reference"
+            place.mkdir()
+        backend = get_backend("onnxruntime")
+        try:
+            for name, built in components.items():
+                spec = built
+                if place != folder:
+                    spec = wan.export_component(name, self.source, configs, place, "fp32")
+                with backend.load(place, name, spec) as component:
+                    self_test.record(name, component, manifest.model, folder)
+        finally:
+            if place != folder:
+                platform.remove_tree(place)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    from importlib import metadata  # takes long to import, and only building needs it
+
+    return {name: metadata.version(name) for name in packages}
 
 
 def _precision(backend: str, given: str | None) -> str:

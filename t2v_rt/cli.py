@@ -1,4 +1,4 @@
-"""The command line: `t2v-rt build-engines | generate | inspect`."""
+"""The command line: `t2v-rt build-engines | generate | inspect | plan | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from t2v_rt.errors import RequestError, T2VError
+from t2v_rt.errors import EngineError, RequestError, T2VError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
 GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
+PLAN_EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
+VERIFY_EXAMPLE = "example: t2v-rt verify build/demo"
+DOCTOR_EXAMPLE = "example: t2v-rt doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_plan(commands)
+    _add_verify(commands)
+    _command(commands, "doctor", run_doctor, "Tell what of this machine can be used, and why not.", DOCTOR_EXAMPLE)
     return parser
 
 
@@ -118,6 +124,7 @@ def _add_generate(commands: Any) -> None:
     add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
     add("--threads", type=int, help="threads per engine; all cores where it is left out")
     add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
+    add("--vae-tiles", metavar="RxC", help="decode in so many tiles, such as 2x3; as few as fit where it is left out")
     add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
     add("--preview", metavar="FILE", help="a png that is written anew after each step")
     add("--save-latents", metavar="FILE", help="keep what was sampled (.npz); without --output, stop there")
@@ -136,6 +143,27 @@ def _add_inspect(commands: Any) -> None:
     text = "Check a bundle and tell what is in it."
     add = _command(commands, "inspect", run_inspect, text, INSPECT_EXAMPLE).add_argument
     add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+
+
+def _add_plan(commands: Any) -> None:
+    text = "Tell what a request needs in memory, stage by stage, and whether it fits; nothing is loaded."
+    add = _command(commands, "plan", run_plan, text, PLAN_EXAMPLE).add_argument
+    add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--height", type=int, help="in pixels")
+    add("--width", type=int, help="in pixels")
+    add("--num-frames", type=int, help="frames of the video")
+    add("--vram-budget", metavar="SIZE", help="memory of the card, such as 8GiB")
+    add("--vae-tiles", metavar="RxC", help="tiles of the VAE decoder, such as 2x3; as few as fit where it is left out")
+    add("--picture", metavar="FILE", help="also draw it, as an svg")
+
+
+def _add_verify(commands: Any) -> None:
+    text = "Hold a bundle's engines, on this machine, against the answers of their float32 reference."
+    add = _command(commands, "verify", run_verify, text, VERIFY_EXAMPLE).add_argument
+    add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--backend", help="must be the one that the bundle was built for")
+    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
+    add("--threads", type=int, help="threads per engine; all cores where it is left out")
 
 
 def run_build(options: argparse.Namespace) -> None:
@@ -191,6 +219,45 @@ def run_inspect(options: argparse.Namespace) -> None:
     from t2v_rt.inspect import describe, inspect_bundle
 
     report = inspect_bundle(options.bundle)
+    show(options, report, describe(report))
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """`plan`."""
+    from t2v_rt.plan import describe, plan, write_picture
+
+    report = plan(
+        options.bundle,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        vram_budget=options.vram_budget,
+        vae_tiles=options.vae_tiles,
+    )
+    if options.picture is not None:
+        write_picture(report, options.picture)
+    show(options, report, describe(report))
+
+
+def run_verify(options: argparse.Namespace) -> None:
+    """`verify`; fails where a component does."""
+    from t2v_rt.verify import verify
+
+    report = verify(options.bundle, options.backend, provider=options.provider, threads=options.threads)
+    lines = [
+        f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
+        for name, item in report["components"].items()
+    ]
+    show(options, report, lines)
+    if not report["passed"]:
+        raise EngineError(f"{options.bundle} does not give the answers of its reference; do not use it on this machine")
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    """`doctor`."""
+    from t2v_rt.doctor import describe, examine
+
+    report = examine()
     show(options, report, describe(report))
 
 

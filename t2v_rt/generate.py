@@ -42,7 +42,12 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """
     _check_options(options)
     pipe = TextToVideoPipeline.from_pretrained(
-        options.engines, options.backend, options.vram_budget, provider=options.provider, threads=options.threads
+        options.engines,
+        options.backend,
+        options.vram_budget,
+        provider=options.provider,
+        threads=options.threads,
+        vae_tiles=options.vae_tiles,
     )
     _set_scheduler(pipe, options)
     if options.from_latents is None:

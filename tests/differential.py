@@ -27,7 +27,7 @@ import torch
 
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.schedulers import CLASSES, Scheduler
+from t2v_rt.runtime.schedulers import MODULES, Scheduler, scheduler_class
 
 Rng = np.random.Generator
 TOLERANCE = 1e-5  # relative, of one float32 step
@@ -139,7 +139,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def _beta_settings(name: str, rng: Rng) -> dict[str, Any]:
-    cls = CLASSES[name]
+    cls = scheduler_class(name)
     kinds = ["linear", "scaled_linear", "squaredcos_cap_v2"]
     kinds += {"DDPMScheduler": ["laplace", "sigmoid"], "HeunDiscreteScheduler": ["exp"]}.get(name, [])
     train = pick(rng, 1000, 1000, 1000, FEW_TRAINED)
@@ -317,7 +317,7 @@ def run(trial: Trial, limit: int = 1000) -> Outcome:
         FloatingPointError: the reference's own first result is not finite; a later one ends the trial.
     """
     theirs = Reference(trial)
-    ours: Scheduler[Any] = CLASSES[trial.name](**trial.settings)
+    ours: Scheduler[Any] = scheduler_class(trial.name)(**trial.settings)
     ours.set_timesteps(**trial.schedule)
     outcome = Outcome()
     outcome.timesteps = _difference(ours.timesteps, theirs.scheduler.timesteps.numpy())
@@ -416,13 +416,13 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="configurations for each class (200)")
-    parser.add_argument("--only", choices=sorted(CLASSES), help="one class")
+    parser.add_argument("--only", choices=sorted(MODULES), help="one class")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     columns = "class", "trials", "steps", "timesteps", "sigmas", "step", "by input", "by library", "unexplained"
     print(f"{columns[0]:34}", *(f"{column:>11}" for column in columns[1:]))
     rows = {}
-    for name in [options.only] if options.only else sorted(CLASSES):
+    for name in [options.only] if options.only else sorted(MODULES):
         outcomes = [outcome for _, outcome in trials(name, options.count, options.seed)]
         largest = {key: max(getattr(o, key) for o in outcomes) for key in ("timesteps", "sigmas", "step")}
         counts = {key: sum(getattr(o, key) for o in outcomes) for key in ("by_input", "by_library", "unexplained")}

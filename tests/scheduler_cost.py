@@ -22,14 +22,14 @@ import torch
 
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.runtime import scheduler_base
-from t2v_rt.runtime.schedulers import CLASSES
+from t2v_rt.runtime.schedulers import MODULES, scheduler_class
 
 SHAPE = (1, 16, 21, 60, 104)
 STEPS, TIMED = 20, 14
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "scheduler_cost.json"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in sorted(CLASSES)),
+    *((name, {}) for name in sorted(MODULES)),
     ("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 3}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -43,7 +43,7 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     x, m, noise = (rng.standard_normal(SHAPE).astype(np.float32) for _ in range(3))
     tx, tm, tnoise = (torch.from_numpy(array) for array in (x, m, noise))
-    ours, theirs = CLASSES[name](**settings), getattr(diffusers, name)(**settings)
+    ours, theirs = scheduler_class(name)(**settings), getattr(diffusers, name)(**settings)
     ours.set_timesteps(STEPS)
     theirs.set_timesteps(STEPS)
     module = importlib.import_module(type(theirs).__module__)

@@ -32,32 +32,44 @@ def latent(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def test_state_belongs_to_the_caller(vae: Component) -> None:
-    one, two = vae.new_state(height=4, width=6), vae.new_state(height=4, width=6)
+    one, two = (vae.new_state(height=4, width=6, part="head") for _ in range(2))
     assert one.nbytes > 0
     assert not any(value.any() for value in one.to_host().values())
-    first = vae["first"].infer(latent(), one)["frames"]
-    assert first.shape == (1, 3, 32, 48)
-    assert np.array_equal(vae["first"].infer(latent(), two)["frames"], first)
-    interleaved = [vae["next"].infer(latent(1), state)["frames"] for state in (one, two)]
-    assert interleaved[0].shape == (4, 3, 32, 48)
+    first = vae["head_first"].infer(latent(), one)["features"]
+    assert first.shape == (1, 8, 16, 24)
+    assert np.array_equal(vae["head_first"].infer(latent(), two)["features"], first)
+    interleaved = [vae["head_next"].infer(latent(1), state)["features"] for state in (one, two)]
+    assert interleaved[0].shape == (4, 8, 16, 24)
     assert np.array_equal(*interleaved)
     kept = one.to_host()
-    vae["next"].infer(latent(2), one)
+    vae["head_next"].infer(latent(2), one)
     assert any(not np.array_equal(kept[name], value) for name, value in one.to_host().items())
 
 
+def test_states_of_one_turn_share_what_is_written(vae: Component) -> None:
+    alone = vae.new_state(height=16, width=24, part="tail")
+    states = vae.new_states(3, height=16, width=24, part="tail")
+    features = [np.random.default_rng(i).standard_normal((1, 8, 16, 24)).astype(np.float32) for i in range(3)]
+    frames = [
+        vae["tail_first"].infer({"features": x}, state)["frames"] for x, state in zip(features, states, strict=True)
+    ]
+    assert np.array_equal(vae["tail_first"].infer({"features": features[1]}, alone)["frames"], frames[1])
+    kept = alone.to_host()
+    assert all(np.array_equal(kept[name], value) for name, value in states[1].to_host().items())
+
+
 def test_outputs_outlive_the_next_call_and_the_engine(vae: Component) -> None:
-    state = vae.new_state(height=4, width=6)
-    frames = vae["first"].infer(latent(), state)["frames"]
-    kept = frames.copy()
-    vae["next"].infer(latent(1), state)
+    state = vae.new_state(height=4, width=6, part="head")
+    features = vae["head_first"].infer(latent(), state)["features"]
+    kept = features.copy()
+    vae["head_next"].infer(latent(1), state)
     vae.close()
-    assert np.array_equal(frames, kept)
+    assert np.array_equal(features, kept)
 
 
 def test_feeds_are_checked(vae: Component) -> None:
-    state = vae.new_state(height=4, width=6)
-    engine = vae["next"]
+    state = vae.new_state(height=4, width=6, part="head")
+    engine = vae["head_next"]
     for feeds, message in (
         ({}, "expected"),
         ({**latent(), "more": np.zeros(1)}, "more"),
@@ -85,13 +97,14 @@ def test_unknown_backends_and_providers() -> None:
 
 
 def test_graphs_hold_no_op_that_engines_choke_on(narrow: Tiny) -> None:
-    attention = {"text_encoder": 2, "transformer": 4, "vae_decoder": 1}
+    attention = {"text_encoder": 2, "transformer": 4, "head": 1, "tail": 0}
     for path in sorted(narrow.bundle.rglob("*.onnx")):
         model = onnx.load(str(path), load_external_data=False)
         onnx.checker.check_model(str(path))
         kinds = [node.op_type for node in model.graph.node]
         assert not FORBIDDEN & set(kinds)
-        assert kinds.count("Attention") == attention[path.parent.name]
+        part = path.stem.split("_")[0] if path.parent.name == "vae_decoder" else path.parent.name
+        assert kinds.count("Attention") == attention[part]
         types = {tensor.data_type for tensor in model.graph.initializer}
         assert onnx.TensorProto.DOUBLE not in types
 

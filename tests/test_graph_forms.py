@@ -27,7 +27,7 @@ FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
 def export(tiny: Tiny, name: str, folder: Path, form: Form, precision: Precision) -> Path:
     folder.mkdir()
     checkpoint = open_checkpoint(tiny.checkpoint)
-    spec = wan.export_component(name, checkpoint, wan.read_configs(checkpoint), folder, precision, form)
+    spec = wan.export_component(name, checkpoint, wan.read_configs(checkpoint), folder, precision, {"model": form})
     return folder / spec.graphs["model"].path
 
 

@@ -192,19 +192,19 @@ def test_prompts_are_encoded_once(narrow: Tiny) -> None:
 
 
 def test_a_small_budget_releases_each_stage(narrow: Tiny) -> None:
-    weights = {name: spec.weights_bytes for name, spec in _components(narrow)}
-    estimate_room = 40_000_000
-    pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=estimate_room)
-    expected = pipe("a ball", seed=1).frames
-    assert set(pipe.stages._components) == set(weights)
-    tight = TextToVideoPipeline.from_pretrained(narrow.bundle)
-    tight.stages._keep = False
+    unlimited = TextToVideoPipeline.from_pretrained(narrow.bundle)
+    expected = unlimited("a ball", seed=1).frames
+    assert set(unlimited.stages._components) == set(unlimited.manifest.components)
+    plan = unlimited.plan(unlimited.stream("a ball", seed=1).request)
+    assert plan.resident
+    largest = max(stage.total_bytes for stage in plan.stages)
+    assert largest < plan.peak_bytes
+    tight = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=largest)
     assert np.array_equal(tight("a ball", seed=1).frames, expected)
     assert not tight.stages._components
-
-
-def _components(narrow: Tiny) -> Iterator[tuple[str, Any]]:
-    yield from TextToVideoPipeline.from_pretrained(narrow.bundle).manifest.components.items()
+    roomy = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=plan.peak_bytes)
+    assert np.array_equal(roomy("a ball", seed=1).frames, expected)
+    assert set(roomy.stages._components) == set(unlimited.manifest.components)
 
 
 def test_threads_do_not_mix(pipe: TextToVideoPipeline) -> None:

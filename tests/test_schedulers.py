@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -15,7 +17,7 @@ from t2v_rt.errors import RequestError
 from t2v_rt.runtime.blockwise import BLOCK, blockwise
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.schedulers import (
-    CLASSES,
+    MODULES,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -27,6 +29,7 @@ from t2v_rt.runtime.schedulers import (
     UniPCMultistepScheduler,
     available_schedulers,
     get_scheduler,
+    scheduler_class,
 )
 from t2v_rt.runtime.schedules import beta_quantile
 from tests import differential
@@ -45,7 +48,7 @@ def arrays(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, n
 # -- numbers --
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_random_settings_beside_diffusers(name: str) -> None:
     diffusers.utils.logging.set_verbosity_error()
     for trial, outcome in differential.trials(name, TRIALS):
@@ -79,11 +82,11 @@ def test_unipc_as_wan_uses_it(shift: float, steps: int, solver_type: str) -> Non
     assert outcome.step < STEP_TOLERANCE
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_same_settings_and_defaults_as_diffusers(name: str) -> None:
     theirs = inspect.signature(getattr(diffusers, name).__init__).parameters
     defaults = {key: item.default for key, item in theirs.items() if key != "self"}
-    ours = {key: list(value) if value == () else value for key, value in CLASSES[name]().config.items()}
+    ours = {key: list(value) if value == () else value for key, value in scheduler_class(name)().config.items()}
     assert ours == defaults
 
 
@@ -96,9 +99,9 @@ def test_bh1_ends_at_a_last_sigma_of_zero() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_add_noise(name: str) -> None:
-    ours, theirs = CLASSES[name](), getattr(diffusers, name)()
+    ours, theirs = scheduler_class(name)(), getattr(diffusers, name)()
     ours.set_timesteps(20)
     theirs.set_timesteps(20)
     x, noise = arrays(shape=(2, 3, 4))
@@ -112,9 +115,9 @@ def test_add_noise(name: str) -> None:
     assert np.allclose(ours.add_noise(x, noise, at), expected.numpy(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_steps_change_no_input_and_keep_float16(name: str) -> None:
-    scheduler = CLASSES[name](**({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
+    scheduler = scheduler_class(name)(**({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
     scheduler.set_timesteps(5)
     generator = Generator(0)
     m, x = (array.astype(np.float16) for array in arrays())
@@ -382,3 +385,12 @@ def test_noise_to_an_unknown_timestep_is_refused() -> None:
     euler.set_timesteps(3)
     with pytest.raises(RequestError, match="not in the schedule"):
         euler.add_noise(X, M, np.array([3.5]))
+
+
+def test_samplers_are_imported_when_they_are_asked_for() -> None:
+    code = (
+        "import sys, t2v_rt.runtime.schedulers as s; loaded = [m for m in s.MODULES.values() "
+        "if 't2v_rt.runtime.' + m in sys.modules]; assert not loaded, loaded; s.DDIMScheduler; "
+        "assert 't2v_rt.runtime.ddim' in sys.modules; assert 't2v_rt.runtime.ddpm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
