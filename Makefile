@@ -15,6 +15,7 @@ $(VENV)/runtime: pyproject.toml
 $(VENV)/dev: $(VENV)/runtime
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[export,hub,dev]"
+	-$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"  # where there is none, its tests skip
 	touch $@
 
 demo: $(VENV)/runtime

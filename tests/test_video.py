@@ -219,7 +219,7 @@ def test_frames_are_not_held(tmp_path: Path, name: str) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    size, count, start = 160, 200, 80  # by then the encoders' look-ahead is full
+    size, count, start = 256, 200, 80  # by then the encoders' look-ahead is full
     ramp = np.add.outer(np.arange(size), np.arange(size))
     before = 0
     with open_writer(tmp_path / name, fps=16, width=size, height=size, num_frames=count, metadata={}) as writer:
