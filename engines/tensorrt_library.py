@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: one interface in two libraries, and the one place that chooses between them.
 
-What differs is here: the module, whether it builds for named GPUs without having one, and how a context is made.
+What differs is here: the module, and whether it builds for named GPUs without having one.
 """
 
 from __future__ import annotations
@@ -54,27 +54,6 @@ class Library:
             for i, target in enumerate(targets):
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), i)
         return config
-
-    def create_context(self, engine: Any, cached_kernels: bytes) -> tuple[Any, Any]:
-        """An execution context that works in memory it is given, and the cache of its compiled kernels.
-
-        Args:
-            engine: deserialised.
-            cached_kernels: what an earlier cache held, or nothing.
-
-        Returns:
-            The context, and the cache or None where kernels are in the plan already.
-        """
-        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.backend != RTX:
-            return engine.create_execution_context(strategy), None
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        cache = config.create_runtime_cache()
-        if cached_kernels:
-            cache.deserialize(cached_kernels)
-        config.set_runtime_cache(cache)
-        return engine.create_execution_context(config), cache
 
 
 def load_library(backend: str) -> Library:

@@ -1,4 +1,4 @@
-"""Which bundles this user built on this machine: plans are executable code, so others need the user's word first."""
+"""Which bundles of plans this user built on this machine: plans are executable code, so no others are reused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.manifest import MANIFEST_NAME
-from t2v_rt.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
@@ -21,26 +20,13 @@ def remember_built(folder: Path) -> None:
         note.touch(mode=0o600)
     except OSError as exc:
         logger.warning(
-            "%s: it is not noted that this bundle was built here (%s); using it will need --trust", note, exc
+            "%s: it is not noted that this bundle was built here (%s); the next build will not reuse it", note, exc
         )
 
 
 def built_here(folder: Path) -> bool:
     """Whether a bundle is, to the last byte of its manifest, one that was built here."""
     return _note(folder).is_file()
-
-
-def check_trust(folder: Path, trust: bool) -> None:
-    """Refuses a bundle of plans from elsewhere that the user has not said to trust.
-
-    Raises:
-        BundleError: it was not built here, and `trust` is False.
-    """
-    if not trust and not built_here(folder):
-        raise BundleError(
-            f"{folder} holds plans that were not built here by you; plans are executable code: build them yourself, or "
-            "give --trust (trust=True) if you trust whoever built them"
-        )
 
 
 def _note(folder: Path) -> Path:
