@@ -15,7 +15,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ import torch
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.schedulers import MODULES, Scheduler, scheduler_class
+from tests.random_settings import Rng, Trial, draw
 
-Rng = np.random.Generator
 TOLERANCE = 1e-5  # relative, of one float32 step
 # Where the reference's own result is moved further than that by rounding its input once, so many times that movement:
 # the two differ by a handful of such roundings.
@@ -37,22 +37,8 @@ ROUNDINGS = 8
 ROUNDING_DRAWS = 16  # up or down at random, so the largest of several tries
 SCHEDULE_TOLERANCE = 2e-6  # relative: torch's float32 square root and logarithm are not correctly rounded everywhere
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "schedulers.json"
-SHAPES = [(1, 4, 2, 4, 6), (2, 3, 5, 5), (1, 3), (1, 16, 3, 5, 7), (3, 4, 1, 2, 2)]
-FEW_TRAINED = 250
 UP = np.float32(np.inf)
 LIBRARY = ("exp", "expm1", "log")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One random case: settings of the class, of `set_timesteps` and of `step`, and the arrays' shape and seed."""
-
-    name: str
-    settings: dict[str, Any]
-    schedule: dict[str, Any]
-    step: dict[str, Any] = field(default_factory=dict)
-    shape: tuple[int, ...] = SHAPES[0]
-    seed: int = 0
 
 
 @dataclass
@@ -78,201 +64,6 @@ class Outcome:
     unexplained: int = 0
     timesteps: float = 0.0
     sigmas: float = 0.0
-
-
-# -- drawing --
-
-
-def pick(rng: Rng, *values: Any) -> Any:
-    return values[int(rng.integers(len(values)))]
-
-
-def draw(name: str, rng: Rng) -> Trial:
-    """A random trial of a class, of options that go together."""
-    settings, schedule, step = _beta_settings(name, rng), {}, {}
-    steps = int(rng.integers(1, 101))
-    schedule["num_inference_steps"] = steps
-    match name:
-        case "DDPMScheduler":
-            _clipping(settings, rng)
-            settings["variance_type"] = pick(
-                rng, "fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"
-            )
-            _custom_timesteps(settings, schedule, rng)
-        case "DDIMScheduler":
-            _clipping(settings, rng)
-            settings["set_alpha_to_one"] = pick(rng, True, False)
-            step = {"eta": pick(rng, 0.0, 0.3, 1.0), "use_clipped_model_output": pick(rng, True, False)}
-        case "LCMScheduler":
-            _clipping(settings, rng)
-            settings["original_inference_steps"] = pick(rng, 50, 100, 200)
-            schedule["num_inference_steps"] = int(rng.integers(1, settings["original_inference_steps"] + 1))
-            _custom_timesteps(settings, schedule, rng)
-        case "PNDMScheduler":
-            settings["skip_prk_steps"] = pick(rng, True, False)
-            settings["set_alpha_to_one"] = pick(rng, True, False)
-            settings["prediction_type"] = pick(rng, "epsilon", "v_prediction")
-            schedule["num_inference_steps"] = max(steps, 1 if settings["skip_prk_steps"] else 4)
-        case "CogVideoXDDIMScheduler" | "CogVideoXDPMScheduler":
-            settings["snr_shift_scale"] = pick(rng, 1.0, 3.0)
-            settings["set_alpha_to_one"] = pick(rng, True, False)
-        case "EulerDiscreteScheduler":
-            _euler(settings, schedule, step, rng)
-        case "EulerAncestralDiscreteScheduler":
-            settings["prediction_type"] = pick(rng, "epsilon", "v_prediction")
-        case "HeunDiscreteScheduler":
-            _spacing(settings, rng)
-            settings["clip_sample"] = pick(rng, True, False)
-            if not any(settings.get(key) for key in SPACINGS):
-                _custom_timesteps(settings, schedule, rng)
-        case "FlowMatchEulerDiscreteScheduler":
-            settings = _flow_match(schedule, rng)
-        case _:
-            _multistep(name, settings, schedule, rng)
-    shape = SHAPES[int(rng.integers(len(SHAPES)))]
-    if "learned" in settings.get("variance_type", "") or settings.get("thresholding"):
-        shape = SHAPES[0]  # the reference wants channels and more for these
-    return Trial(name, settings, schedule, step, shape, int(rng.integers(2**32)))
-
-
-SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
-
-def _beta_settings(name: str, rng: Rng) -> dict[str, Any]:
-    cls = scheduler_class(name)
-    kinds = ["linear", "scaled_linear", "squaredcos_cap_v2"]
-    kinds += {"DDPMScheduler": ["laplace", "sigmoid"], "HeunDiscreteScheduler": ["exp"]}.get(name, [])
-    train = pick(rng, 1000, 1000, 1000, FEW_TRAINED)
-    start, stop = pick(rng, (0.0001, 0.02), (0.00085, 0.012), (0.0005, 0.01))
-    settings = {
-        "num_train_timesteps": train,
-        "beta_start": start,
-        "beta_end": stop,
-        "beta_schedule": pick(rng, *kinds),
-        "timestep_spacing": pick(rng, "linspace", "leading", "trailing"),
-        "steps_offset": pick(rng, 0, 1),
-        "prediction_type": pick(rng, "epsilon", "sample", "v_prediction"),
-    }
-    if rng.random() < 0.1:
-        settings["trained_betas"] = np.linspace(start, stop, train).tolist()
-    if "rescale_betas_zero_snr" in cls.Config.__dataclass_fields__ and rng.random() < 0.25:
-        # at zero signal, epsilon says nothing about the data: dividing by it is infinite in the reference, too
-        divides = settings["prediction_type"] == "epsilon"
-        settings["rescale_betas_zero_snr"] = not divides
-    return settings
-
-
-def _clipping(settings: dict[str, Any], rng: Rng) -> None:
-    settings["clip_sample"] = pick(rng, True, False)
-    settings["clip_sample_range"] = pick(rng, 1.0, 2.5)
-    _thresholding(settings, rng)
-
-
-def _thresholding(settings: dict[str, Any], rng: Rng) -> None:
-    if rng.random() < 0.25:
-        settings |= {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": pick(rng, 1.0, 3.0)}
-
-
-def _custom_timesteps(settings: dict[str, Any], schedule: dict[str, Any], rng: Rng) -> None:
-    if rng.random() < 0.2:
-        count = int(rng.integers(1, 30))
-        chosen = rng.choice(settings["num_train_timesteps"], count, replace=False)
-        schedule.clear()
-        schedule["timesteps"] = sorted((int(t) for t in chosen), reverse=True)
-
-
-def _spacing(settings: dict[str, Any], rng: Rng) -> None:
-    chosen = pick(rng, None, *SPACINGS)
-    if chosen:
-        settings[chosen] = True
-
-
-def _euler(settings: dict[str, Any], schedule: dict[str, Any], step: dict[str, Any], rng: Rng) -> None:
-    _spacing(settings, rng)
-    settings["interpolation_type"] = pick(rng, "linear", "linear", "log_linear")
-    settings["final_sigmas_type"] = pick(rng, "zero", "sigma_min")
-    settings["timestep_type"] = pick(rng, "discrete", "discrete", "continuous")
-    if rng.random() < 0.2:
-        settings |= {"sigma_min": 0.03, "sigma_max": 12.0}
-    continuous = settings["timestep_type"] == "continuous" and settings["prediction_type"] == "v_prediction"
-    if rng.random() < 0.15:
-        schedule.clear()
-        schedule["sigmas"] = [*np.sort(rng.uniform(0.05, 14, int(rng.integers(1, 30))))[::-1].tolist(), 0.0]
-    elif settings["interpolation_type"] == "linear" and not (continuous or any(settings.get(key) for key in SPACINGS)):
-        _custom_timesteps(settings, schedule, rng)
-    if rng.random() < 0.3:
-        step |= {"s_churn": 5.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.003}
-
-
-def _flow_match(schedule: dict[str, Any], rng: Rng) -> dict[str, Any]:
-    settings: dict[str, Any] = {"shift": pick(rng, 1.0, 3.0, 5.0, 12.0), "stochastic_sampling": pick(rng, False, True)}
-    settings["time_shift_type"] = pick(rng, "exponential", "linear")
-    settings["invert_sigmas"] = bool(rng.random() < 0.1)
-    if rng.random() < 0.2:
-        settings["use_dynamic_shifting"] = True
-        schedule["mu"] = float(rng.uniform(0.3, 1.5))
-    if rng.random() < 0.2 and schedule["num_inference_steps"] > 1:
-        settings["shift_terminal"] = 0.1
-    _spacing(settings, rng)
-    if rng.random() < 0.3 and "shift_terminal" not in settings:
-        count = int(rng.integers(1, 20))
-        del schedule["num_inference_steps"]
-        values = np.sort(rng.uniform(0.01, 1.0, count))[::-1]
-        schedule |= pick(rng, {"sigmas": values.tolist()}, {"timesteps": (values * 1000).tolist()})
-    return settings
-
-
-def _multistep(name: str, settings: dict[str, Any], schedule: dict[str, Any], rng: Rng) -> None:
-    settings["solver_order"] = int(rng.integers(1, 4))
-    settings["lower_order_final"] = pick(rng, True, True, False)
-    _thresholding(settings, rng)
-    flow = bool(rng.random() < 0.4)
-    if flow:
-        settings |= {
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": pick(rng, 1.0, 3.0, 5.0, 12.0),
-            "rescale_betas_zero_snr": False,
-        }
-        if rng.random() < 0.2:
-            settings["use_dynamic_shifting"] = True
-            schedule["mu"] = float(rng.uniform(0.3, 1.5))
-    else:
-        _spacing(settings, rng)
-    if name == "DEISMultistepScheduler":
-        settings.pop("rescale_betas_zero_snr", None)
-        return
-    settings["final_sigmas_type"] = pick(rng, "zero", "sigma_min")
-    if name == "UniPCMultistepScheduler":
-        settings["solver_type"] = pick(rng, "bh1", "bh2")
-        settings["disable_corrector"] = pick(rng, [], [0, 1])
-        settings["predict_x0"] = flow or pick(rng, True, False)
-        settings["lower_order_final"] |= settings["final_sigmas_type"] == "zero" or bool(settings.get(SPACINGS[0]))
-        settings["lower_order_final"] |= any(settings.get(key) for key in SPACINGS)  # these repeat the last sigma
-        settings["lower_order_final"] |= flow
-        if flow and rng.random() < 0.2 and schedule["num_inference_steps"] > 1:
-            settings["shift_terminal"] = 0.1
-        if flow and rng.random() < 0.2 and "shift_terminal" not in settings:
-            schedule["sigmas"] = np.sort(rng.uniform(0.01, 1.0, int(rng.integers(1, 30))))[::-1].tolist()
-            del schedule["num_inference_steps"]
-        return
-    settings["algorithm_type"] = pick(rng, "dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
-    if flow:
-        settings["algorithm_type"] = pick(rng, "dpmsolver++", "sde-dpmsolver++")
-    if not settings["algorithm_type"].endswith("++"):
-        settings["final_sigmas_type"] = "sigma_min"
-    if settings["algorithm_type"] == "sde-dpmsolver":
-        settings["solver_order"] = min(settings["solver_order"], 2)
-    settings["solver_type"] = pick(rng, "midpoint", "heun")
-    settings["euler_at_final"] = pick(rng, True, False)
-    if not flow and not any(settings.get(key) for key in SPACINGS):
-        settings["use_lu_lambdas"] = bool(rng.random() < 0.2)
-        settings["lambda_min_clipped"] = pick(rng, -float("inf"), -5.1)
-        if not settings["use_lu_lambdas"]:
-            _custom_timesteps(settings, schedule, rng)
-
-
-# -- comparing --
 
 
 class Reference:
