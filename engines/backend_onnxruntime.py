@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
+from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
-from t2v_rt.errors import BackendError, EngineError
+from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 
+OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|bad_?alloc|out of memory", re.IGNORECASE)
 ERRORS_ONLY = 3  # ONNX Runtime's log level
 PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -34,7 +37,7 @@ class OrtState(EngineState):
 
     Args:
         current: name -> buffer.
-        spare: likewise; states that are used one after another share one.
+        spare: likewise, of the states that are written; states that are used one after another share one.
         sizes: what the buffers were made for.
     """
 
@@ -67,6 +70,8 @@ class OrtEngine(Engine):
         except EngineError:
             raise
         except Exception as exc:  # ONNX Runtime's own exceptions have no common base below Exception
+            if OUT_OF_MEMORY.search(str(exc)):
+                raise OutOfMemoryError(f"{self.name}: ONNX Runtime ran out of memory") from exc
             raise EngineError(f"{self.name}: ONNX Runtime failed: {str(exc).splitlines()[0][:300]}") from exc
 
     def _run_bound(self, session: ort.InferenceSession, feeds: Feeds, state: OrtState) -> dict[str, NDArray[Any]]:
@@ -75,17 +80,14 @@ class OrtEngine(Engine):
             binding.bind_cpu_input(name, array)
         for spec in self.outputs:
             binding.bind_output(spec.name, "cpu")
-        written = []
         for item in self.states:
             if item.input is not None:
                 binding.bind_ortvalue_input(item.input, state.current[item.tensor.name])
             if item.output is not None:
                 binding.bind_ortvalue_output(item.output, state.spare[item.tensor.name])
-                written.append(item.tensor.name)
         session.run_with_iobinding(binding)
-        results = binding.copy_outputs_to_cpu()[: len(self.outputs)]
-        for name in written:
-            state.current[name], state.spare[name] = state.spare[name], state.current[name]
+        results = [value.numpy() for value in binding.get_outputs()[: len(self.outputs)]]
+        rotate(self.states, state.current, state.spare)
         return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
 
     def close(self) -> None:
@@ -97,16 +99,20 @@ class OrtComponent(Component):
 
     device = "cpu"
 
-    def new_states(self, count: int, *, height: int, width: int, part: str = "") -> list[OrtState]:
+    def new_states(
+        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+    ) -> list[OrtState]:
         sizes = {"height": height, "width": width}
-        tensors = {spec.name: (spec.resolve(sizes), spec.numpy_dtype) for spec in self.states(part)}
 
-        def buffers() -> Buffers:
-            zeros = {name: np.zeros(shape, dtype) for name, (shape, dtype) in tensors.items()}
+        def buffers(tensors: Sequence[TensorSpec]) -> Buffers:
+            zeros = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in tensors}
             return {name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, 0) for name, zero in zeros.items()}
 
-        spare = buffers()
-        return [OrtState(buffers(), spare, sizes) for _ in range(count)]
+        try:
+            spare = buffers(self.written(part))
+            return [OrtState(buffers(self.states(part)), spare, sizes) for _ in range(count)]
+        except MemoryError as exc:
+            raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
 
 
 @dataclass(frozen=True)

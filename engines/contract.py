@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -20,7 +20,27 @@ from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import EngineError
 
+T = TypeVar("T")
 Feeds = Mapping[str, NDArray[Any]]
+
+
+def rotate(states: Sequence[StateSpec], current: MutableMapping[str, T], spare: MutableMapping[str, T]) -> None:
+    """Lets buffers change places after a call, so that what it wrote becomes the state; nothing is copied.
+
+    Args:
+        states: of the engine that was called.
+        current: name -> buffer that holds the state.
+        spare: name -> buffer that a call writes, of the written states.
+    """
+    followers = {state.follows: state.tensor.name for state in states if state.follows is not None}
+    for state in states:
+        if state.output is not None:
+            name = state.tensor.name
+            last = followers.get(name, name)
+            freed = current[last]
+            if last != name:
+                current[last] = current[name]
+            current[name], spare[name] = spare[name], freed
 
 
 class EngineState(ABC):
@@ -141,18 +161,29 @@ class Component(ABC):
         """A zero-filled state; see `new_states`."""
         return self.new_states(1, height=height, width=width, part=part)[0]
 
+    def written(self, part: str = "") -> tuple[TensorSpec, ...]:
+        """Those of `states` that some engine writes: a call needs a second buffer for each."""
+        engines = [engine for role, engine in self.engines.items() if role.startswith(part)]
+        written = [state.tensor for engine in engines for state in engine.states if state.output is not None]
+        return tuple({tensor.name: tensor for tensor in written}.values())
+
     @abstractmethod
-    def new_states(self, count: int, *, height: int, width: int, part: str = "") -> Sequence[EngineState]:
+    def new_states(
+        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+    ) -> Sequence[EngineState]:
         """Zero-filled states that are used one after another, such as those of a frame's tiles.
 
-        They share the buffers that a call writes before they become the state: `count` states take `count + 1` times
-        the memory of one, not twice as much each.
+        They share the buffers that a call writes before they become the state: `count` states take the memory of
+        `count`, and that of the written tensors once more, not twice as much each.
 
         Args:
             count: number of states.
             height: rows of what the engines are fed: latents, or the features of a tile.
             width: columns likewise.
             part: for the engines whose role begins with it, such as `head` or `tail`; for all by default.
+            resident: how many of them have a place on the device at a time. The others are parked in host memory; a
+                call with a parked one saves the one that was used longest ago and brings it in. None for all.
+                Where the device is the host, it changes nothing.
         """
 
     def close(self) -> None:

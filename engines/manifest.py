@@ -13,7 +13,7 @@ from t2v_rt.engines.plans import PlanSpec, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "bundle.json"
 
 
@@ -67,18 +67,18 @@ class TileSpec:
         scale: features per latent row and column.
         upscale: pixels per feature row and column.
         halo: how many features beyond its own a tile has to see on each side, so that it equals the whole.
-        grid: tiles from top to bottom and from left to right that the engines were built for; None where any will do.
+        grids: tiles from top to bottom and from left to right that the engines were built for, the coarsest first; none
+            where any will do.
     """
 
     scale: int
     upscale: int
     halo: int
-    grid: tuple[int, int] | None = None
+    grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        grid = fields["grid"]
-        return cls(**{**fields, "grid": None if grid is None else (int(grid[0]), int(grid[1]))})
+        return cls(**{**fields, "grids": tuple((int(rows), int(columns)) for rows, columns in fields["grids"])})
 
     def fed_length(self, length: int, count: int) -> int:
         """Features that each of `count` tiles is fed along an axis of `length`.
@@ -94,7 +94,7 @@ class ComponentSpec:
 
     Args:
         graphs: role -> engine file: `model`; the VAE decoder has `head_first`, `head_next` (latents to features) and
-            `tail_first`, `tail_next` (features to frames).
+            `tail` (features to frames).
         precision: of matmul and convolution operands.
         weights_bytes: bytes of weights, shared by the graphs.
         tiles: of the VAE decoder's tail.

@@ -102,20 +102,23 @@ class StateSpec:
     Args:
         name: of the state; also the spec's name in a `new_state`.
         input: name of the graph input that reads it, or None where a graph only writes it.
-        output: name of the graph output that rewrites it, or None where a graph leaves it alone.
+        output: name of the graph output that rewrites it, or None where a graph does not.
         tensor: its dtype and shape.
+        follows: name of the state, a written one, whose value from before the call it takes after the call; None for
+            none.
     """
 
     input: str | None
     output: str | None
     tensor: TensorSpec
+    follows: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"input": self.input, "output": self.output, **self.tensor.to_json()}
+        return {"input": self.input, "output": self.output, "follows": self.follows, **self.tensor.to_json()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> StateSpec:
-        return cls(fields["input"], fields["output"], TensorSpec.from_json(fields))
+        return cls(fields["input"], fields["output"], TensorSpec.from_json(fields), fields["follows"])
 
 
 def _factor(dim: str) -> tuple[int, str]:

@@ -32,7 +32,7 @@ DEFAULTS = Defaults(
 ROLES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("model",),
     "transformer": ("model",),
-    "vae_decoder": ("head_first", "head_next", "tail_first", "tail_next"),
+    "vae_decoder": ("head_first", "head_next", "tail"),
 }
 COMPONENTS = tuple(ROLES)
 
@@ -148,9 +148,8 @@ def export_component(
             elif name == "transformer":
                 write_transformer(g, configs.transformer)
             else:
-                part, _, when = role.partition("_")
-                writer = VaeDecoderGraph(g, configs.vae, first=when == "first")
-                states = writer.write_head() if part == "head" else writer.write_tail()
+                writer = VaeDecoderGraph(g, configs.vae, first=role == "head_first")
+                states = writer.write_tail() if role == "tail" else writer.write_head()
             graphs[role] = _saved(g, store, role, states)
     tiles = configs.vae.tiles if name == "vae_decoder" else None
     return ComponentSpec(graphs, precision, store.nbytes, tiles)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from t2v_rt.engines.manifest import GRIDS, ModelSpec, TileSpec
+from t2v_rt.engines.manifest import ModelSpec, TileSpec
 from t2v_rt.engines.plans import Range, VideoProfile
 from t2v_rt.export.graph import Form
 
 Ranges = Mapping[str, Range]
-TILE_PIXELS = 50_000  # of the VAE decoder's tail: half a GB of context
+BUILT_GRIDS = ((1, 1), (2, 2), (3, 4))  # of the VAE decoder: the whole frame, and tiles for when it does not fit
 TYPICAL_PROMPT = 64  # tokens; prompts of a few sentences
 HALF = 2
 # Bytes of the feed-forward's widened values that need no slices, and that a slice should have where there are any.
@@ -19,8 +19,8 @@ UNSLICED, SLICE = 64_000_000, 50_000_000
 LEAST_SLICES = 12  # with less than ten the builder runs several at once again
 
 
-def with_grid(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfile]) -> TileSpec:
-    """The tiles of a decoder whose tail is built for the largest video of all profiles.
+def with_grids(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfile]) -> TileSpec:
+    """The tiles of a decoder whose tail is built for `BUILT_GRIDS`.
 
     Args:
         tiles: of the decoder.
@@ -28,17 +28,18 @@ def with_grid(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfile
         profiles: of the bundle.
 
     Returns:
-        The same with the coarsest grid whose tiles have at most `TILE_PIXELS`.
+        The same with those grids that the smallest video has features for, and that make its tiles smaller.
     """
     rows, columns = (
-        max(getattr(profile, name).max for profile in profiles) // model.spatial_factor * tiles.scale
+        min(getattr(profile, name).min for profile in profiles) // model.spatial_factor * tiles.scale
         for name in ("height", "width")
     )
-    for grid in GRIDS:
-        fed = tiles.fed_length(rows, grid[0]) * tiles.fed_length(columns, grid[1])
-        if fed * tiles.upscale**2 <= TILE_PIXELS:
-            break
-    return replace(tiles, grid=grid)
+    grids = [BUILT_GRIDS[0]]
+    for grid in BUILT_GRIDS[1:]:
+        fed = (tiles.fed_length(rows, grid[0]), tiles.fed_length(columns, grid[1]))
+        if grid[0] <= rows and grid[1] <= columns and fed[0] < rows and fed[1] < columns:
+            grids.append(grid)
+    return replace(tiles, grids=tuple(grids))
 
 
 def component_ranges(
@@ -49,12 +50,11 @@ def component_ranges(
     Args:
         model: constants of the model.
         profiles: of the bundle.
-        tiles: of the VAE decoder, with the grid to build for.
+        tiles: of the VAE decoder, with the grids to build for.
 
     Returns:
         Component -> role -> a mapping of symbols to ranges for each profile.
     """
-    assert tiles.grid is not None
     text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text_length), model.text_length)}
     frames, images, parts = [], [], []
     for profile in profiles:
@@ -65,17 +65,18 @@ def component_ranges(
         latents = Range(*((size - 1) // model.temporal_factor + 1 for size in profile.num_frames.to_json()))
         images.append(image)
         frames.append({"batch": Range.of(1), "frames": latents, **image})
-        parts.append(
+        parts += [
             {
                 name: Range(*(tiles.fed_length(size * tiles.scale, count) for size in image[name].to_json()))
-                for name, count in zip(("height", "width"), tiles.grid, strict=True)
+                for name, count in zip(("height", "width"), grid, strict=True)
             }
-        )
+            for grid in tiles.grids
+        ]
     head, tail = _distinct(images), _distinct(parts)
     return {
         "text_encoder": {"model": (text,)},
         "transformer": {"model": _distinct(frames)},
-        "vae_decoder": {"head_first": head, "head_next": head, "tail_first": tail, "tail_next": tail},
+        "vae_decoder": {"head_first": head, "head_next": head, "tail": tail},
     }
 
 

@@ -1,20 +1,25 @@
-"""The Wan2.1 VAE decoder as four ONNX graphs: a head and a tail, of the first latent frame and of each later one.
+"""The Wan2.1 VAE decoder as three ONNX graphs: a head of the first latent frame and of each later one, and a tail.
 
 Source of the architecture: diffusers `AutoencoderKLWan`. Its convolutions are causal in time: each looks back two
-frames, kept from one latent frame to the next. Here these caches are engine state, two frames each, zero at first:
+frames, kept from one call to the next. Here these caches are engine state, zero at first; a frame further back than the
+video's start is zero in the cache, as in the reference's padding.
 
-- The `first` graphs make one frame of the first latent frame and write the caches. Nothing lies before that frame, so
-  each kernel needs only its last slice in time, and time is not doubled.
-- The `next` graphs make `temporal_factor` frames of a later latent frame, reading and rewriting the caches. A frame
-  further back than the video's start is zero in the cache, as in the reference's padding.
+- `head_first` makes one frame of features of the first latent frame. Nothing lies before that frame, so each kernel
+  needs only its last slice in time, and time is not doubled.
+- `head_next` makes `temporal_factor` frames of features of a later latent frame.
+- `tail` makes one frame of pixels from one frame of features, the first like any other.
 
-The head ends before the last two levels and gives features at half the frames' resolution. After its attention among
-the pixels of a frame everything is local, so the tail, where nearly all memory is, can work on tiles of the features:
-with `halo` more on each side than it keeps, a tile is what the whole would have been, but for rounding.
+The head ends where time is doubled for the last time, before the upsampling in space that follows. After its attention
+among the pixels of a frame everything is local, so the tail, where nearly all memory is, can work on tiles of the
+features: with `halo` more on each side than it keeps, a tile is what the whole would have been, but for rounding. And
+it works on one frame at a time, so that it needs memory for one.
 
 Frames are the batch axis (T, C, H, W), and a kernel over three frames is a flat one over their channels side by side:
 two-dimensional convolutions are what every backend does fastest. On ONNX Runtime's CPU they also sum in one order
 whatever the number of threads, which three-dimensional ones do not on small images.
+
+The cache of a convolution that sees one frame a call is two states of one frame, the later of which becomes the earlier
+after the call: nothing is copied, and only one of them is written.
 
 All graphs read the same weight file.
 """
@@ -65,19 +70,19 @@ class VaeConfig:
         return int(2 ** sum(self.time_upsample))
 
     @property
-    def tail_levels(self) -> int:
-        """Levels of the tail: the last two, where there are so many."""
-        return min(2, len(self.dim_mult) - 1)
+    def head_levels(self) -> int:
+        """Levels of the head: all that double time, and all but the last two."""
+        last = max((level for level, doubles in enumerate(self.time_upsample) if doubles), default=0)
+        return max(last + 1, len(self.dim_mult) - 2)
 
     @property
     def tiles(self) -> TileSpec:
         """Where the tail begins, and how far its kernels see there."""
+        upsampled = len(self.dim_mult) - self.head_levels
         reach = 1  # the last convolution
-        for level in range(self.tail_levels):
+        for _ in range(upsampled):
             reach += 2 * (self.res_blocks + 1)
-            if level < self.tail_levels - 1:
-                reach = (reach + 1 + 1) // 2  # the convolution after the upsampling, then half the resolution
-        upsampled = self.tail_levels - 1
+            reach = (reach + 1 + 1) // 2  # the convolution after the upsampling, then half the resolution
         return TileSpec(scale=self.spatial_factor // 2**upsampled, upscale=2**upsampled, halo=reach)
 
     @classmethod
@@ -91,7 +96,7 @@ class VaeConfig:
         dim_mult = tuple(option(config, "vae", "dim_mult", list, [1, 2, 4, 4]))
         down = tuple(bool(flag) for flag in option(config, "vae", "temperal_downsample", list, [False, True, True]))
         mean, std = (tuple(option(config, "vae", f"latents_{part}", list, [])) for part in ("mean", "std"))
-        if len(down) != len(dim_mult) - 1 or not len(mean) == len(std) == z_dim:
+        if len(down) != len(dim_mult) - 1 or not down or not len(mean) == len(std) == z_dim:
             raise CheckpointError(
                 f"vae/config.json: {len(dim_mult)} levels with {len(down)} temporal flags, {z_dim} latent channels "
                 f"with {len(mean)} means and {len(std)} deviations; expected one flag less than levels, one of each "
@@ -116,15 +121,17 @@ class VaeConfig:
 class VaeDecoderGraph:
     """Writes one of the decoder's graphs.
 
+    Widths, scales and frames in its methods are those of a later latent frame's graph at that depth.
+
     Args:
         g: the graph to write into.
         config: of the VAE.
-        first: whether it is a graph of the first latent frame.
+        first: whether it is the graph of the first latent frame.
     """
 
     g: GraphWriter
     config: VaeConfig
-    first: bool
+    first: bool = False
     states: list[StateSpec] = field(default_factory=list)
 
     def write_head(self) -> list[StateSpec]:
@@ -135,39 +142,39 @@ class VaeDecoderGraph:
         x = self._pointwise(g.half(latents), "post_quant_conv", z, z)
         x = self._causal_conv(x, "decoder.conv_in", z, width, 1, 1)
         x = self._mid_block(x, width)
-        x, scale, frames, width = self._levels(x, range(len(config.dim_mult) - config.tail_levels), 1, 1, width)
-        size = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
-        g.output(x, TensorSpec("features", g.compute_dtype, (frames, width, *size)))
+        scale = frames = 1
+        for level in range(config.head_levels):
+            if level > 0:
+                x, scale = self._double_space(x, level - 1, width), 2 * scale
+            x, width = self._level(x, level, scale, frames)
+            if config.time_upsample[level]:
+                x, frames = self._double_time(x, level, width, scale, frames), 2 * frames
+        shape = (1 if self.first else frames, width, *_image(scale))
+        g.output(x, TensorSpec("features", g.compute_dtype, shape))
         return self.states
 
     def write_tail(self) -> list[StateSpec]:
-        """Writes features -> frames, of the whole or of a tile; returns its states likewise."""
+        """Writes one frame's features -> the frame, of the whole or of a tile; returns its states likewise."""
         g, config = self.g, self.config
-        head = range(len(config.dim_mult) - config.tail_levels)
-        frames, width = 1, config.widths[0]
-        for level in head:
-            frames *= 2 if config.time_upsample[level] and not self.first else 1
-            width = config.widths[level + 1] // 2
-        x = g.input(TensorSpec("features", g.compute_dtype, (frames, width, "height", "width")))
-        tail = range(head.stop, len(config.dim_mult))
-        x, scale, frames, width = self._levels(x, tail, 1, frames, width)
+        width, scale = config.widths[config.head_levels], 1
+        x = g.input(TensorSpec("features", g.compute_dtype, (1, width, "height", "width")))
+        for level in range(config.head_levels, len(config.dim_mult)):
+            x, scale = self._double_space(x, level - 1, width), 2 * scale
+            x, width = self._level(x, level, scale, 1)
         x = g.half(g.silu(self._rms_norm(x, "decoder.norm_out", width, 4)))
-        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale, frames))
-        pixels = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
-        g.output(x, TensorSpec("frames", "float32", (frames, config.out_channels, *pixels)))
+        x = g.full(self._causal_conv(x, "decoder.conv_out", width, config.out_channels, scale, 1))
+        g.output(x, TensorSpec("frames", "float32", (1, config.out_channels, *_image(scale))))
         return self.states
 
-    def _levels(self, x: str, levels: range, scale: int, frames: int, width: int) -> tuple[str, int, int, int]:
-        """Some levels of the decoder, each but the last of all with the upsampling after it."""
+    def _level(self, x: str, level: int, scale: int, frames: int) -> tuple[str, int]:
+        """The residual blocks of a level; returns its width too."""
         config = self.config
-        for level in levels:
-            name, out_width = f"decoder.up_blocks.{level}", config.widths[level + 1]
-            for block in range(config.res_blocks + 1):
-                x = self._res_block(x, f"{name}.resnets.{block}", width, out_width, scale, frames)
-                width = out_width
-            if level < len(config.dim_mult) - 1:
-                x, scale, frames, width = self._upsample(x, f"{name}.upsamplers.0", level, width, scale, frames)
-        return x, scale, frames, width
+        width = config.widths[level] // (2 if level > 0 else 1)  # the upsampling before it halves the channels
+        for block in range(config.res_blocks + 1):
+            name = f"decoder.up_blocks.{level}.resnets.{block}"
+            x = self._res_block(x, name, width, config.widths[level + 1], scale, frames)
+            width = config.widths[level + 1]
+        return x, width
 
     # -- the blocks --------------------------------------------------------------------------------------------------
 
@@ -200,17 +207,9 @@ class VaeDecoderGraph:
         weight = g.weight(f"{name}.proj.weight", (width, width, 1, 1))
         return g.add(g.op("Conv", image, weight, self._bias(f"{name}.proj", width)), x)
 
-    def _upsample(
-        self, x: str, name: str, level: int, width: int, scale: int, frames: int
-    ) -> tuple[str, int, int, int]:
-        """Doubles height and width, and time where the level says so and a frame came before."""
-        g = self.g
-        if self.config.time_upsample[level]:
-            if self.first:
-                self._declare(f"{name}.time_conv", width, scale, written=False)
-            else:
-                x = self._double_time(x, f"{name}.time_conv", width, scale, frames)
-                frames *= 2
+    def _double_space(self, x: str, level: int, width: int) -> str:
+        """The upsampling in space that ends a level: height and width double, channels halve."""
+        g, name = self.g, f"decoder.up_blocks.{level}.upsamplers.0.resample.1"
         x = g.op(
             "Resize",
             x,
@@ -220,13 +219,15 @@ class VaeDecoderGraph:
             coordinate_transformation_mode="asymmetric",
             nearest_mode="floor",
         )
-        weight = g.weight(f"{name}.resample.1.weight", (width // 2, width, 3, 3))
-        x = g.op("Conv", x, weight, self._bias(f"{name}.resample.1", width // 2), pads=[1, 1, 1, 1])
-        return x, 2 * scale, frames, width // 2
+        weight = g.weight(f"{name}.weight", (width // 2, width, 3, 3))
+        return g.op("Conv", x, weight, self._bias(name, width // 2), pads=[1, 1, 1, 1])
 
-    def _double_time(self, x: str, name: str, width: int, scale: int, frames: int) -> str:
-        """Each frame becomes two: the first and second half of the channels of a causal convolution."""
-        g = self.g
+    def _double_time(self, x: str, level: int, width: int, scale: int, frames: int) -> str:
+        """Each frame becomes two, the first and second half of the channels of a causal convolution; not the video's
+        first frame, which does not even enter the cache."""
+        if self.first:
+            return x
+        g, name = self.g, f"decoder.up_blocks.{level}.upsamplers.0.time_conv"
         stacked = self._stacked(x, name, width, scale, frames)
         weight = g.weight(f"{name}.weight", (2 * width, width, 3, 1, 1), _flat_in_time)
         y = g.op("Conv", stacked, weight, self._bias(name, 2 * width))
@@ -263,23 +264,33 @@ class VaeDecoderGraph:
 
         In the first graph both are zero: they are left out, and only the cache is written.
         """
-        g = self.g
-        state = self._declare(name, width, scale, written=True)
+        g, label = self.g, name.removeprefix("decoder.")
+        if frames == 1:
+            one = TensorSpec(f"{label}.1", g.compute_dtype, (1, width, *_image(scale)))
+            two = TensorSpec(f"{label}.2", one.dtype, one.shape)
+            newest, older = self._declare(one, written=True), self._declare(two, written=False, follows=one.name)
+            g.output(x, _renamed(one, newest.output))
+            if self.first:
+                return x
+            return g.concat([g.input(_renamed(two, older.input)), g.input(_renamed(one, newest.input)), x], 1)
+        state = self._declare(TensorSpec(label, g.compute_dtype, (CACHE_FRAMES, width, *_image(scale))), written=True)
         if self.first:
             zero = g.mul(x, g.const(0, g.numpy_compute))
             g.output(g.concat([zero, x], 0), _renamed(state.tensor, state.output))
             return x
         joined = g.concat([g.input(_renamed(state.tensor, state.input)), x], 0)
-        g.output(g.slice(joined, 0, frames, frames + CACHE_FRAMES), _renamed(state.tensor, state.output))
+        g.output(g.slice(x, 0, frames - CACHE_FRAMES, frames), _renamed(state.tensor, state.output))
         return g.concat([g.slice(joined, 0, tap, tap + frames) for tap in range(CACHE_FRAMES + 1)], 1)
 
-    def _declare(self, name: str, width: int, scale: int, *, written: bool) -> StateSpec:
-        size = (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
-        label = name.removeprefix("decoder.")
-        tensor = TensorSpec(label, self.g.compute_dtype, (CACHE_FRAMES, width, *size))
-        state = StateSpec(None if self.first else f"{label}.before", f"{label}.after" if written else None, tensor)
+    def _declare(self, tensor: TensorSpec, *, written: bool, follows: str | None = None) -> StateSpec:
+        read, write = f"{tensor.name}.before", f"{tensor.name}.after"
+        state = StateSpec(None if self.first else read, write if written else None, tensor, follows)
         self.states.append(state)
         return state
+
+
+def _image(scale: int) -> tuple[str, str]:
+    return (f"{scale}*height", f"{scale}*width") if scale > 1 else ("height", "width")
 
 
 def _renamed(tensor: TensorSpec, name: str | None) -> TensorSpec:

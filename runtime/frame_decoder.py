@@ -10,22 +10,24 @@ from t2v_rt.errors import EngineError
 from t2v_rt.runtime.tiles import Grid, make_tiles
 
 Array = NDArray[np.float32]
+COLOURS = 3
 
 
 class FrameDecoder:
     """Decodes one video; it holds the causal caches between latent frames.
 
     Args:
-        vae: the component, with the engines `head_first`, `head_next`, `tail_first` and `tail_next`.
+        vae: the component, with the engines `head_first`, `head_next` and `tail`.
         height: of the latents.
         width: of the latents.
         grid: tiles of the tail from top to bottom and from left to right.
+        parks: whether the caches of all tiles but one are kept in host memory.
 
     Raises:
         RequestError: more tiles than there are features.
     """
 
-    def __init__(self, vae: Component, height: int, width: int, grid: Grid) -> None:
+    def __init__(self, vae: Component, height: int, width: int, grid: Grid, parks: bool = False) -> None:
         spec = vae.spec.tiles
         if spec is None:
             raise EngineError(f"{vae.name} says nothing of tiles; build the bundle again")
@@ -39,6 +41,7 @@ class FrameDecoder:
             height=fed[0].stop - fed[0].start,
             width=fed[1].stop - fed[1].start,
             part="tail",
+            resident=1 if parks else None,
         )
         self._when = "first"
 
@@ -53,15 +56,11 @@ class FrameDecoder:
         """
         when, self._when = self._when, "next"
         features = self._vae[f"head_{when}"].infer({"latents": np.ascontiguousarray(latents)}, self._head)["features"]
-        tail = self._vae[f"tail_{when}"]
-        if len(self._tiles) == 1:
-            return tail.infer({"features": features}, self._tails[0])["frames"]
-        frames: Array | None = None
+        tail = self._vae["tail"]
+        frames = np.empty((len(features), COLOURS, *self._pixels), np.float32)
         for tile, state in zip(self._tiles, self._tails, strict=True):
-            fed = np.ascontiguousarray(features[:, :, tile.rows.fed, tile.columns.fed])
-            pixels = tail.infer({"features": fed}, state)["frames"]
-            if frames is None:
-                frames = np.empty((*pixels.shape[:2], *self._pixels), np.float32)
-            frames[:, :, tile.rows.target, tile.columns.target] = pixels[:, :, tile.rows.kept, tile.columns.kept]
-        assert frames is not None
+            for i in range(len(features)):
+                fed = np.ascontiguousarray(features[i : i + 1, :, tile.rows.fed, tile.columns.fed])
+                pixels = tail.infer({"features": fed}, state)["frames"][0]
+                frames[i, :, tile.rows.target, tile.columns.target] = pixels[:, tile.rows.kept, tile.columns.kept]
         return frames

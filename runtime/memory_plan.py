@@ -11,7 +11,7 @@ from t2v_rt.engines.manifest import GRIDS, ComponentSpec, Manifest
 from t2v_rt.engines.plans import nearest_profile
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.tiles import Grid, fed_length
+from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
@@ -58,6 +58,7 @@ class MemoryPlan:
     Args:
         stages: in the order they run.
         grid: tiles of the VAE decoder.
+        parked_bytes: caches of tiles that wait in host memory for their turn; 0 where all stay on the device.
         budget_bytes: that they must keep to, or None.
         reserve_bytes: of a card, for what is on it besides: the driver's own context, and a desktop.
         estimated: whether contexts are estimates; False where a builder told them.
@@ -65,6 +66,7 @@ class MemoryPlan:
 
     stages: tuple[StageMemory, ...]
     grid: Grid
+    parked_bytes: int
     budget_bytes: int | None
     reserve_bytes: int = 0
     estimated: bool = True
@@ -136,7 +138,8 @@ def make_plan(
         manifest: of the bundle.
         shape: (B, C, F, H, W) of the latents.
         budget: bytes that the stages must keep to, or None.
-        grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget.
+        grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget. On a card, caches
+            of tiles are parked in host memory where no grid keeps to it otherwise.
         kept_frames: frames that are held at once as float32 results.
         one_batch: whether guidance makes both predictions of a step in one batch.
 
@@ -144,7 +147,7 @@ def make_plan(
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
 
     Raises:
-        RequestError: more tiles than there are features.
+        RequestError: more tiles than there are features, or a grid that the engines were not built for.
     """
     model, components = manifest.model, manifest.components
     batch, channels, frames, height, width = shape
@@ -168,17 +171,42 @@ def make_plan(
         LATENT_COPIES * latents * calls // batch + 2 * batch * text,
     )
     kept = latents + kept_frames * height * width * model.spatial_factor**2 * 3 * FLOAT
-    decoder = components["vae_decoder"]
-    built_for = decoder.tiles.grid if decoder.tiles is not None else None
-    if grid is not None and built_for not in (None, grid):
-        raise RequestError(f"vae_tiles is {grid}; the engines were built for {built_for}: leave it out")
-    reserve = 0 if manifest.backend == "onnxruntime" else CARD_RESERVE
-    for tiles in [item for item in (grid, built_for) if item is not None][:1] or GRIDS:
-        decode = _decode_stage(decoder, height, width, tiles, model.temporal_factor, kept)
-        plan = MemoryPlan((encode, denoise, decode), tiles, budget, reserve, estimated=told is None)
+    reserve = CARD_RESERVE if on_card(manifest) else 0
+    ways = []
+    for tiles, parks in decode_ways(manifest, grid):
+        decode, parked = _decode_stage(components["vae_decoder"], height, width, tiles, kept, parks)
+        ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated=told is None))
         if budget is None or decode.total_bytes + reserve <= budget:
-            break
-    return plan
+            return ways[-1]
+    return min(ways, key=lambda plan: plan.stages[-1].total_bytes)
+
+
+def on_card(manifest: Manifest) -> bool:
+    """Whether a bundle's engines run on a card, with memory of its own."""
+    return manifest.backend != "onnxruntime"
+
+
+def decode_ways(manifest: Manifest, grid: Grid | None) -> list[tuple[Grid, bool]]:
+    """The ways to decode, in the order they are tried, each slower than the one before and most of them smaller.
+
+    Args:
+        manifest: of the bundle.
+        grid: the only one to use, or None.
+
+    Returns:
+        Tiles, and whether their caches are parked in host memory but for one tile's.
+
+    Raises:
+        RequestError: the engines were not built for that grid.
+    """
+    tiles = manifest.components["vae_decoder"].tiles
+    built_for = tiles.grids if tiles is not None else ()
+    if grid is not None and built_for and grid not in built_for:
+        known = ", ".join(f"{rows}x{columns}" for rows, columns in built_for)
+        raise RequestError(f"vae_tiles is {grid[0]}x{grid[1]}; the engines were built for {known}")
+    grids = [grid] if grid is not None else built_for or GRIDS
+    parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
+    return [(item, False) for item in grids] + [(item, True) for item in parkable]
 
 
 def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
@@ -203,30 +231,38 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
     return max(contexts)
 
 
-def _decode_stage(vae: ComponentSpec, height: int, width: int, grid: Grid, frames: int, kept: int) -> StageMemory:
-    """The decode stage of latents of `height` x `width` in a grid of tiles."""
+def _decode_stage(
+    vae: ComponentSpec, height: int, width: int, grid: Grid, kept: int, parks: bool
+) -> tuple[StageMemory, int]:
+    """The decode stage of latents of `height` x `width` in a grid of tiles, and the bytes parked in host memory."""
     assert vae.tiles is not None
     rows, columns = height * vae.tiles.scale, width * vae.tiles.scale
     tile = fed_length(rows, grid[0], vae.tiles), fed_length(columns, grid[1], vae.tiles)
     whole_sizes, tile_sizes = {"height": height, "width": width}, {"height": tile[0], "width": tile[1]}
-    head, tail = (_state_bytes(vae, part, sizes) for part, sizes in (("head", whole_sizes), ("tail", tile_sizes)))
+    head, written = _state_bytes(vae, "head", whole_sizes)
+    tail, spare = _state_bytes(vae, "tail", tile_sizes)
+    count = grid[0] * grid[1]
     features = sum(spec.nbytes(whole_sizes) for spec in vae.graphs["head_next"].outputs)
-    pixels = tile[0] * tile[1] * vae.tiles.upscale**2
+    pixels = tile[0] * tile[1] * vae.tiles.upscale**2  # the tail makes one frame at a time
     told = [built_context(vae, part, at) for part, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
-    return StageMemory(
+    decode = StageMemory(
         "decode",
         vae.weights_bytes,
-        features + (max(known) if known else pixels * frames * DECODE_CHANNELS * FLOAT),
-        2 * head + (grid[0] * grid[1] + 1) * tail,
+        features + (max(known) if known else pixels * DECODE_CHANNELS * FLOAT),
+        head + written + (1 if parks else count) * tail + spare,
         kept,
     )
+    return decode, count * tail if parks else 0
 
 
-def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
+def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[int, int]:
+    """Bytes of one state, and of the buffers that a call writes before they become the state."""
     graphs = [graph for role, graph in vae.graphs.items() if role.startswith(part)]
-    states = {state.tensor.name: state.tensor.nbytes(sizes) for graph in graphs for state in graph.states}
-    return sum(states.values())
+    states = [state for graph in graphs for state in graph.states]
+    held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
+    written = {state.tensor.name for state in states if state.output is not None}
+    return sum(held.values()), sum(held[name] for name in written)
 
 
 def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
@@ -262,7 +298,7 @@ def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> It
 
 
 def to_json(plan: MemoryPlan) -> dict[str, Any]:
-    """A plan as plain JSON values: `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles` and `stages`."""
+    """A plan as plain JSON values: `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `stages` and more."""
     return {
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
@@ -271,5 +307,6 @@ def to_json(plan: MemoryPlan) -> dict[str, Any]:
         "reserve_bytes": plan.reserve_bytes,
         "estimated": plan.estimated,
         "vae_tiles": list(plan.grid),
+        "parked_bytes": plan.parked_bytes,
         "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in plan.stages],
     }

@@ -101,7 +101,7 @@ def _calls(name: str, model: ModelSpec, results: Sequence[NDArray[Any]], compone
     else:
         for when in ("first", "next"):
             yield Call(f"head_{when}", {"latents": noise.randn((1, model.latent_channels, ROWS, COLUMNS))}, "features")
-            yield Call(f"tail_{when}", {"features": results[-1]}, "frames")
+            yield Call("tail", {"features": results[-1][:1]}, "frames")
 
 
 def record(name: str, component: Component, model: ModelSpec, folder: Path) -> None:

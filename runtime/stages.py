@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,15 +14,16 @@ from numpy.typing import NDArray
 from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import OutOfMemoryError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.frame_decoder import FrameDecoder
-from t2v_rt.runtime.memory_plan import MemoryPlan, make_plan
+from t2v_rt.runtime.memory_plan import MemoryPlan, decode_ways, make_plan
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.tiles import Grid
 
+logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +47,7 @@ class Stages:
         self._budget = budget
         self._vae_tiles = vae_tiles
         self._components: dict[str, Component] = {}
+        self._users: Counter[str] = Counter()  # stages that are using a component now
         self._lock = threading.Lock()
         self._keep = budget is None  # until a request's plan says more
         model = self.manifest.model
@@ -72,7 +76,7 @@ class Stages:
             progress: called as `f("decode", done, total)`.
             cancel: looked at before each chunk, or None.
             grid: tiles of the decoder's tail, from top to bottom and from left to right, instead of `vae_tiles` or
-                the budget's; the result is the same.
+                the budget's; the result is the same. Where memory runs out, smaller tiles are tried.
 
         Returns:
             An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
@@ -88,22 +92,46 @@ class Stages:
                 f"latents have shape {list(latents.shape)}; expected those of one video of this model, "
                 f"(1, {model.latent_channels}, frames, rows, columns)"
             )
-        _, _, count, height, width = latents.shape
-        grid = grid or self.grid(latents.shape)
+        ways = self._ways(latents.shape, grid)
         check_cancelled(cancel, "decode")
-        with self.stage("vae_decoder") as vae:
-            decoder = FrameDecoder(vae, height, width, grid)
-            for i in range(count):
-                check_cancelled(cancel, "decode")
-                frames = decoder.decode(wan.denormalize(model, latents[:, :, i]))
-                check_finite(frames, "decode", "the VAE decoder")
-                if progress is not None:
-                    progress("decode", i + 1, count)
+        done, count = 0, latents.shape[2]
+        while done < count:
+            try:
+                with self.stage("vae_decoder") as vae:
+                    for frames in self._frames(vae, latents, *ways[0], done, cancel):
+                        done += 1
+                        if progress is not None:
+                            progress("decode", done, count)
+                        yield frames
+            except OutOfMemoryError as exc:
+                if len(ways) == 1:
+                    raise
+                (rows, columns), parks = ways[1]
+                where = ", caches in host memory" if parks else ""
+                logger.warning("%s; decoding again in %dx%d tiles%s", exc, rows, columns, where)
+                ways = ways[1:]
+                self.release("vae_decoder")  # with all that the failed try had allocated
+
+    def _frames(
+        self, vae: Component, latents: Array, grid: Grid, parks: bool, done: int, cancel: threading.Event | None
+    ) -> Iterator[Array]:
+        """Chunks of one video in one way of decoding, those left out that are `done` already."""
+        model = self.manifest.model
+        _, _, count, height, width = latents.shape
+        decoder = FrameDecoder(vae, height, width, grid, parks)
+        for i in range(count):
+            check_cancelled(cancel, "decode")
+            frames = decoder.decode(wan.denormalize(model, latents[:, :, i]))
+            check_finite(frames, "decode", "the VAE decoder")
+            if i >= done:
                 yield wan.to_unit_range(frames)
 
-    def grid(self, shape: tuple[int, ...]) -> Grid:
-        """The tiles that latents of `shape` (B, C, F, H, W) are decoded in."""
-        return make_plan(self.manifest, shape, budget=self._budget, grid=self._vae_tiles).grid
+    def _ways(self, shape: tuple[int, ...], grid: Grid | None) -> list[tuple[Grid, bool]]:
+        """How to decode latents of `shape` under the budget, then the ways that take less memory."""
+        grid = grid or self._vae_tiles
+        chosen = make_plan(self.manifest, shape, budget=self._budget, grid=grid)
+        ways = decode_ways(self.manifest, grid)
+        return ways[ways.index((chosen.grid, chosen.parked_bytes > 0)) :]
 
     def plan(self, shape: tuple[int, ...], *, kept_frames: int, one_batch: bool) -> MemoryPlan:
         """The memory plan of a request under this budget and these tiles; see `make_plan`."""
@@ -131,16 +159,21 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[Component]:
         """A component for one stage; released afterwards, also after an error, where not all fit the budget."""
+        component = self.component(name)
+        with self._lock:
+            self._users[name] += 1
         try:
-            yield self.component(name)
+            yield component
         finally:
+            with self._lock:
+                self._users[name] -= 1
             if not self._keep:
                 self.release(name)
 
     def release(self, name: str) -> None:
-        """Closes a component's engines; the next use loads them again."""
+        """Closes a component's engines unless a stage is using them; the next use loads them again."""
         with self._lock:
-            component = self._components.pop(name, None)
+            component = None if self._users[name] else self._components.pop(name, None)
         if component is not None:
             component.close()
 

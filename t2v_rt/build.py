@@ -190,10 +190,10 @@ class _Build:
             return result
 
         from t2v_rt.engines.tensorrt_builder import PlanBuilder
-        from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grid
+        from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
         from t2v_rt.inspect import count_nodes
 
-        tiles = with_grid(configs.vae.tiles, manifest.model, manifest.profiles)
+        tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
         ranges = component_ranges(manifest.model, manifest.profiles, tiles)
         forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, "sm75" not in self.targets)
         builder, result = PlanBuilder(self.backend, self.targets), {}

@@ -7,6 +7,7 @@
     │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
     │   └── BackendError      a backend that is unknown, not installed or not usable here
     ├── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
+    │   └── OutOfMemoryError  the device, or the machine, had no room for what an engine works in
     └── CancelledError        a request that was stopped by the caller's own event (exit code 130)
 
 Every message is one line: what was found, what was expected, what to do.
@@ -48,6 +49,10 @@ class BackendError(InputError):
 
 class EngineError(T2VError, RuntimeError):
     """An engine failed, or returned values that are not finite."""
+
+
+class OutOfMemoryError(EngineError):
+    """A device had no room for an engine, its state or what it works in."""
 
 
 class CancelledError(T2VError):

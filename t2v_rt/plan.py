@@ -39,8 +39,8 @@ def plan(
         vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
 
     Returns:
-        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `stages`, the request's size, and, where it does
-        not fit, `largest_fitting`: the size and frames of one that does, or None.
+        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `parked_bytes`, `stages`, the request's size; and
+        where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -71,7 +71,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{report['width']}x{report['height']}, {report['num_frames']} frames, {report['backend']}, "
         f"{'contexts estimated' if report['estimated'] else 'contexts as the builder told them'}; "
-        f"VAE tiles {rows}x{columns}",
+        f"VAE tiles {rows}x{columns}"
+        + (f", {report['parked_bytes'] / GB:.2f} GB of their caches in host memory" if report["parked_bytes"] else ""),
         f"{'GB':8}{'weights':>9}{'context':>9}{'state':>9}{'io':>9}{'total':>9}",
     ]
     for stage in report["stages"]:

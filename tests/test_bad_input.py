@@ -216,13 +216,13 @@ def _climb(content: dict[str, Any]) -> None:
 
 BUNDLES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "edited file": (_flip, "weights.data is not the file that was built"),
-    "missing file": (lambda folder: (folder / "vae_decoder/tail_next.onnx").unlink(), "tail_next.onnx is missing"),
+    "missing file": (lambda folder: (folder / "vae_decoder/tail.onnx").unlink(), "tail.onnx is missing"),
     "leaves the bundle": (_edit("bundle.json", _climb), "leaves the bundle"),
     "absolute path": (
         _edit("bundle.json", lambda c: c["files"].update({"C:\\x": {"sha256": "", "bytes": 0}})),
         "leaves the bundle",
     ),
-    "older schema": (_edit("bundle.json", lambda c: c.update(schema_version=1)), "schema 1, this version reads 2"),
+    "older schema": (_edit("bundle.json", lambda c: c.update(schema_version=1)), "schema 1, this version reads 3"),
     "newer schema": (_edit("bundle.json", lambda c: c.update(schema_version=99)), "schema 99"),
     "edited manifest": (_edit("bundle.json", lambda c: c["defaults"].update(fps=99.0)), "was edited"),
     "damaged manifest": (lambda folder: (folder / "bundle.json").write_text("{"), "cannot be read"),

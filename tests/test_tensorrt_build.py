@@ -69,8 +69,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
         "transformer/model.plan": 4,
         "vae_decoder/head_first.plan": 1,
         "vae_decoder/head_next.plan": 1,
-        "vae_decoder/tail_first.plan": 0,
-        "vae_decoder/tail_next.plan": 0,
+        "vae_decoder/tail.plan": 0,
     }
     denoiser = manifest.components["transformer"].graphs["model"]
     assert denoiser.plan is not None
