@@ -140,6 +140,11 @@ class OnnxRuntimeBackend:
                 f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
             )
 
+    @property
+    def device(self) -> str:
+        """Empty on the CPU, where bundles' answers were computed; else the provider and ONNX Runtime's version."""
+        return "" if self.provider == "cpu" else f"{self.provider}, ONNX Runtime {ort.__version__}"
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.
 

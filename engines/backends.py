@@ -15,6 +15,11 @@ BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 class Backend(Protocol):
     """Loads components of a bundle."""
 
+    @property
+    def device(self) -> str:
+        """GPU, driver and library, where they have to prove themselves before they are used; empty on the CPU."""
+        ...
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         """Loads the engines of one component."""
         ...

@@ -30,8 +30,8 @@ class Prompts:
     def __init__(self, embeds: Array, negative_embeds: Array | None) -> None:
         self.embeds = embeds
         self.negative_embeds = negative_embeds
-        given = [embeds] if negative_embeds is None else [embeds, negative_embeds]
-        self.contexts = tuple(wan.text_context(item) for item in given)
+        self.given = (embeds,) if negative_embeds is None else (embeds, negative_embeds)
+        self.contexts = tuple(wan.text_context(item) for item in self.given)
         self.both = joined(self.contexts)
 
 
@@ -50,6 +50,9 @@ class Denoiser:
     ) -> None:
         self.prompts = prompts
         self._engine = component["model"]
+        self._padded = all(spec.name != "encoder_attention_bias" for spec in self._engine.inputs)
+        plan = self._engine.spec.plan
+        self._most = None if plan is None else max(profile.sizes["batch"].max for profile in plan.profiles)
         self._together = together
         self._cancel = cancel
 
@@ -69,20 +72,32 @@ class Denoiser:
             EngineError: the engine failed.
         """
         if passes == 2 and self._together:
-            prediction = self._infer(np.concatenate([sample, sample]), t, self.prompts.both)
+            text = self._text(self.prompts.both, self.prompts.given)
+            prediction = self._infer(np.concatenate([sample, sample]), t, text)
             return prediction[: len(sample)], prediction[len(sample) :]
-        return tuple(self._infer(sample, t, context) for context in self.prompts.contexts[:passes])
+        pairs = zip(self.prompts.contexts[:passes], self.prompts.given, strict=False)
+        return tuple(self._infer(sample, t, self._text(context, [embeds])) for context, embeds in pairs)
 
-    def _infer(self, sample: Array, t: float, context: wan.TextContext) -> Array:
+    def _text(self, context: wan.TextContext, given: Sequence[Array]) -> dict[str, Array]:
+        """What the engine takes of prompts: an engine of fixed shapes all padded positions, and no bias."""
+        if self._padded:
+            return {"encoder_hidden_states": given[0] if len(given) == 1 else np.concatenate(given)}
+        return {"encoder_hidden_states": context.embeds, "encoder_attention_bias": context.bias}
+
+    def _infer(self, sample: Array, t: float, text: Mapping[str, Array]) -> Array:
+        """One call, or as many as an engine that was built for small batches needs."""
+        most = self._most or len(sample)
+        if len(sample) > most:
+            rows = [slice(i, i + most) for i in range(0, len(sample), most)]
+            parts = [{name: array[part] for name, array in text.items()} for part in rows]
+            return np.concatenate([self._infer(sample[part], t, of) for part, of in zip(rows, parts, strict=True)])
         check_cancelled(self._cancel, "denoise")
-        prediction: Array = self._engine.infer(
-            {
-                "hidden_states": np.ascontiguousarray(sample, np.float32),
-                "timestep": np.full(len(sample), t, np.float32),
-                "encoder_hidden_states": context.embeds,
-                "encoder_attention_bias": context.bias,
-            }
-        )["noise_pred"]
+        feeds = {
+            "hidden_states": np.ascontiguousarray(sample, np.float32),
+            "timestep": np.full(len(sample), t, np.float32),
+            **text,
+        }
+        prediction: Array = self._engine.infer(feeds)["noise_pred"]
         return prediction
 
 

@@ -19,7 +19,7 @@ from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import BackendError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
-from t2v_rt.runtime.memory_plan import MemoryPlan, parse_bytes
+from t2v_rt.runtime.memory_plan import MemoryPlan, on_card, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
@@ -271,7 +271,8 @@ class TextToVideoPipeline:
             _, _, frames, rows, columns = self.latent_shape(request)
             depth, height, width = self.manifest.model.patch
             tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
-            together = one_batch_is_faster(self.provider, tokens) and self._fits(request, kept_frames)
+            where = "card" if on_card(self.manifest) else self.provider
+            together = one_batch_is_faster(where, tokens) and self._fits(request, kept_frames)
         return replace(request, guidance_batch=together)
 
     def _fits(self, request: Request, kept_frames: int) -> bool:

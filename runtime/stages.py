@@ -18,6 +18,7 @@ from t2v_rt.errors import OutOfMemoryError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
+from t2v_rt.runtime.first_use import prove
 from t2v_rt.runtime.frame_decoder import FrameDecoder
 from t2v_rt.runtime.memory_plan import MemoryPlan, decode_ways, make_plan
 from t2v_rt.runtime.prompt import PromptTokenizer
@@ -149,11 +150,16 @@ class Stages:
         self._keep = plan.resident
 
     def component(self, name: str) -> Component:
-        """A component's engines, loaded at the first use."""
+        """A component's engines, loaded at the first use, and tested at the first on this device."""
         with self._lock:
             if name not in self._components:
-                spec = self.manifest.components[name]
-                self._components[name] = self._backend.load(self.bundle.folder, name, spec)
+                component = self._backend.load(self.bundle.folder, name, self.manifest.components[name])
+                try:
+                    prove(self.bundle, name, component, self._backend.device)
+                except BaseException:
+                    component.close()
+                    raise
+                self._components[name] = component
             return self._components[name]
 
     @contextmanager

@@ -94,8 +94,9 @@ def build_engines(
     with new_bundle(target) as folder:
         components = job.components(manifest, folder, report)
         report("self_test", 0.0)
-        if job.can_run_reference(folder):
-            job.record_self_test(manifest, components, folder)
+        for name, spec in components.items():
+            if job.can_run_reference(name, folder):
+                job.record_self_test(name, spec, manifest, folder)
         (folder / "tokenizer").mkdir()
         shutil.copyfile(job.source.tokenizer, folder / "tokenizer" / "tokenizer.json")
         report("hash", 0.0)
@@ -208,40 +209,34 @@ class _Build:
             platform.remove_tree(graphs)
         return result
 
-    def can_run_reference(self, folder: Path) -> bool:
-        """Whether the model fits memory and disk once more in float32; where it does not, that is said.
-
-        Plans carry no self-test yet: their shapes are those of whole videos, too large for a reference on the CPU.
-        """
-        if self.makes_plans:
-            return False
-        needed = int(self.source_bytes * REFERENCE_GROWTH)
+    def can_run_reference(self, name: str, folder: Path) -> bool:
+        """Whether a component fits memory and disk once more in float32; where it does not, that is said."""
+        files = self.source.weights["vae" if name == "vae_decoder" else name].files
+        needed = int(sum(file.stat().st_size for file in files) * REFERENCE_GROWTH)
         room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
         if needed > room:
             logger.warning(
-                "the bundle carries no self-test: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                "the bundle carries no self-test of %s: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                name,
                 needed / 1e9,
                 room / 1e9,
             )
         return needed <= room
 
-    def record_self_test(self, manifest: Manifest, components: Mapping[str, ComponentSpec], folder: Path) -> None:
-        """Runs the float32 graphs on the CPU, exported once more where the bundle has others; keeps their answers."""
+    def record_self_test(self, name: str, built: ComponentSpec, manifest: Manifest, folder: Path) -> None:
+        """Runs a component's float32 graphs on the CPU, exported once more where the bundle has others; keeps what they
+        answer."""
         from t2v_rt.export import wan
         from t2v_rt.runtime import self_test
 
-        place, configs = folder, wan.read_configs(self.source)
+        place, spec = folder, built
         if self.precision != "fp32":
             place = folder / "reference"
             place.mkdir()
-        backend = get_backend("onnxruntime")
+            spec = wan.export_component(name, self.source, wan.read_configs(self.source), place, "fp32")
         try:
-            for name, built in components.items():
-                spec = built
-                if place != folder:
-                    spec = wan.export_component(name, self.source, configs, place, "fp32")
-                with backend.load(place, name, spec) as component:
-                    self_test.record(name, component, manifest.model, folder)
+            with get_backend("onnxruntime").load(place, name, spec) as component:
+                self_test.record(name, component, manifest.model, built, folder)
         finally:
             if place != folder:
                 platform.remove_tree(place)

@@ -52,7 +52,8 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     assert [str(profile) for profile in manifest.profiles] == ["48x32, 5 frames"]
     files = sorted(path.relative_to(plans.folder).as_posix() for path in plans.folder.rglob("*") if path.is_file())
     graphs = {graph.path: graph for spec in manifest.components.values() for graph in spec.graphs.values()}
-    assert files == sorted([*graphs, "bundle.json", "tokenizer/tokenizer.json"])
+    answers = [f"self_test/{name}.npz" for name in manifest.components]
+    assert files == sorted([*graphs, *answers, "bundle.json", "tokenizer/tokenizer.json"])
     for path, graph in graphs.items():
         assert graph.plan is not None
         assert path in manifest.files

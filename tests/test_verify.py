@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2v_rt import BundleError, build_engines
+from t2v_rt import BundleError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
 from t2v_rt.doctor import examine, find_gpus, read_gpus
-from t2v_rt.engines.bundle import read_manifest, write_manifest
-from t2v_rt.engines.manifest import MANIFEST_NAME
+from t2v_rt.engines.backend_onnxruntime import OnnxRuntimeBackend
+from t2v_rt.engines.bundle import open_bundle, read_manifest, write_manifest
+from t2v_rt.engines.contract import Component
+from t2v_rt.engines.manifest import MANIFEST_NAME, Manifest
 from t2v_rt.runtime import self_test
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
@@ -28,6 +30,13 @@ def sign_again(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / MANIFEST_NAME).unlink()
     write_manifest(folder, manifest)
+
+
+def spoil(path: Path) -> None:
+    """Makes the answers of a component other ones than it gives."""
+    with np.load(path) as stored:
+        answers = {key: stored[key] * np.float32(1.01) for key in stored.files}
+    np.savez(path, **answers)
 
 
 def test_every_component_gives_its_reference(tiny: Tiny) -> None:
@@ -49,16 +58,61 @@ def test_an_engine_that_computes_something_else_fails(
 ) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(narrow.bundle, folder)
-    path = folder / self_test.FOLDER / "transformer.npz"
-    with np.load(path) as stored:
-        answers = {key: stored[key] * np.float32(1.01) for key in stored.files}
-    np.savez(path, **answers)
+    spoil(folder / self_test.FOLDER / "transformer.npz")
     sign_again(folder)
     assert main(["verify", str(folder)]) == 1
     printed = capsys.readouterr()
     assert "transformer  FAILED" in printed.out
     assert printed.err.count("\n") == 1
     assert "does not give the answers of its reference" in printed.err
+
+
+class Card(OnnxRuntimeBackend):
+    """The CPU under another name: a device that has to prove itself."""
+
+    device = "card 1"
+
+
+def test_the_first_use_on_a_device_is_tested_and_remembered(
+    narrow: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tested: list[str] = []
+    check = self_test.check
+
+    def count(name: str, component: Component, manifest: Manifest, folder: Path) -> self_test.Verdict:
+        tested.append(name)
+        return check(name, component, manifest, folder)
+
+    monkeypatch.setattr(self_test, "check", count)
+    for _ in range(2):
+        TextToVideoPipeline(open_bundle(narrow.bundle), Card())("a red ball", seed=1)
+        assert tested == ["text_encoder", "transformer", "vae_decoder"]
+    monkeypatch.setattr(Card, "device", "card 2")
+    TextToVideoPipeline(open_bundle(narrow.bundle), Card())("a red ball", seed=1)
+    assert tested == ["text_encoder", "transformer", "vae_decoder"] * 2
+
+
+def test_a_device_that_fails_its_test_is_refused_each_time(narrow: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(narrow.bundle, folder)
+    spoil(folder / self_test.FOLDER / "text_encoder.npz")
+    sign_again(folder)
+    pipe = TextToVideoPipeline(open_bundle(folder), Card())
+    for _ in range(2):
+        with pytest.raises(EngineError, match="text_encoder computes something else on card 1 than its float32"):
+            pipe("a red ball", seed=1)
+
+
+def test_a_device_is_used_untested_where_there_are_no_answers(
+    narrow: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(narrow.bundle, folder)
+    shutil.rmtree(folder / self_test.FOLDER)
+    sign_again(folder)
+    TextToVideoPipeline(open_bundle(folder), Card())("a red ball", seed=1)
+    assert "text_encoder was not tested on card 1" in caplog.text
 
 
 def test_a_bundle_without_answers_says_so(narrow: Tiny, tmp_path: Path) -> None:
