@@ -6,7 +6,7 @@ its own graphs in float32, run by ONNX Runtime on the CPU at build time, and any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Verdict:
 
 
 def run_calls(name: str, component: Component, model: ModelSpec) -> list[NDArray[Any]]:
-    """Makes a component's calls one after another and returns what each gave.
+    """Makes the calls of a component, or of a part of it, one after another and returns what each gave.
 
     Args:
         name: of the component.
@@ -87,11 +87,15 @@ def run_calls(name: str, component: Component, model: ModelSpec) -> list[NDArray
 def _calls(name: str, model: ModelSpec, results: Sequence[NDArray[Any]], component: Component) -> Iterator[Call]:
     """The calls of a component; later ones may take what earlier ones gave."""
     noise = Generator(0)
+    feeds: Arrays
     if name == "text_encoder":
         buckets = wan.relative_buckets(TOKENS, model.relative_buckets, model.relative_max_distance)
-        yield Call("model", {"input_ids": np.arange(TOKENS)[None], "relative_buckets": buckets}, "prompt_embeds")
+        for role in component:  # all are fed alike: what one gives would carry its error into the next
+            hidden = Generator(0).randn((1, TOKENS, model.text_dim))
+            feeds = {"hidden_states": hidden, "relative_buckets": buckets}
+            yield Call(role, feeds, component[role].outputs[0].name)
     elif name == "transformer":
-        feeds: Arrays = {
+        feeds = {
             "hidden_states": noise.randn((1, model.latent_channels, FRAMES, ROWS, COLUMNS)),
             "timestep": np.array([TIMESTEP]),
             "encoder_hidden_states": noise.randn((1, TOKENS, model.text_dim)),
@@ -104,24 +108,29 @@ def _calls(name: str, model: ModelSpec, results: Sequence[NDArray[Any]], compone
             yield Call("tail", {"features": results[-1][:1]}, "frames")
 
 
-def record(name: str, component: Component, model: ModelSpec, folder: Path) -> None:
-    """Runs a component of the reference and writes its answers into a bundle that is being built.
+def record(name: str, answers: Sequence[NDArray[Any]], folder: Path) -> None:
+    """Writes what the reference of a component gave into a bundle that is being built.
 
     Args:
         name: of the component.
-        component: its float32 graphs, loaded.
-        model: constants of the model.
+        answers: of `run_calls`, with its float32 graphs, of all parts.
         folder: of the bundle.
     """
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
-    answers = {f"{i}": result.astype(np.float32) for i, result in enumerate(run_calls(name, component, model))}
+    named = {f"{i}": answer.astype(np.float32) for i, answer in enumerate(answers)}
     with (place / f"{name}.npz").open("wb") as stream:
-        np.savez(stream, **answers)  # type: ignore[arg-type]
+        np.savez(stream, **named)  # type: ignore[arg-type]
 
 
-def check(name: str, component: Component, manifest: Manifest, folder: Path) -> Verdict:
-    """Holds a loaded component against its bundle's answers.
+def check(name: str, parts: Iterable[Component], manifest: Manifest, folder: Path) -> Verdict:
+    """Holds a component against its bundle's answers.
+
+    Args:
+        name: of the component.
+        parts: its engines, part by part; each is done with when the next one is asked for.
+        manifest: of the bundle.
+        folder: of the bundle.
 
     Raises:
         BundleError: the bundle has no answers for it.
@@ -136,7 +145,8 @@ def check(name: str, component: Component, manifest: Manifest, folder: Path) -> 
     except (OSError, ValueError, KeyError) as exc:
         raise BundleError(f"{path} cannot be read ({exc}); build the bundle again") from exc
     error = 0.0
-    for found, expected in zip(run_calls(name, component, manifest.model), answers, strict=True):
+    results = [result for component in parts for result in run_calls(name, component, manifest.model)]
+    for found, expected in zip(results, answers, strict=True):
         difference = np.abs(found.astype(np.float64) - expected)
         worst = float(difference.max()) / float(np.abs(expected).max() or 1.0)
         error = max(error, worst if np.isfinite(worst) else float("inf"))

@@ -52,7 +52,8 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     assert [str(profile) for profile in manifest.profiles] == ["48x32, 5 frames"]
     files = sorted(path.relative_to(plans.folder).as_posix() for path in plans.folder.rglob("*") if path.is_file())
     graphs = {graph.path: graph for spec in manifest.components.values() for graph in spec.graphs.values()}
-    assert files == sorted([*graphs, "bundle.json", "tokenizer/tokenizer.json"])
+    others = ["bundle.json", "tokenizer/tokenizer.json", "text_encoder/embedding.data"]
+    assert files == sorted([*graphs, *others])
     for path, graph in graphs.items():
         assert graph.plan is not None
         assert path in manifest.files
@@ -65,7 +66,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
             assert stat.S_IMODE((plans.folder / path).stat().st_mode) == 0o600
     nodes = {path: graph.plan.nodes.get("Attention", 0) for path, graph in graphs.items() if graph.plan is not None}
     assert nodes == {
-        "text_encoder/model.plan": 2,
+        "text_encoder/blocks_0.plan": 2,
         "transformer/model.plan": 4,
         "vae_decoder/head_first.plan": 1,
         "vae_decoder/head_next.plan": 1,
@@ -80,7 +81,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
         "height": Range.of(4),
         "width": Range.of(6),
     }
-    text = manifest.components["text_encoder"].graphs["model"].plan
+    text = manifest.components["text_encoder"].graphs["blocks_0"].plan
     assert text is not None
     assert text.profiles[0].sizes["length"] == Range(1, 64, 512)
     assert not text.fused_attention  # heads of 8, for which there is no kernel
