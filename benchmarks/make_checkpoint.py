@@ -239,7 +239,7 @@ def _random_values(
 
 
 def _fan_in(name: str, shape: tuple[int, ...]) -> int:
-    """How many products of a weight are summed; embeddings are looked up, and UMT5's queries carry its scores' scale."""
+    """Products that a weight is summed over: none of an embedding; UMT5's queries carry its scores' scale as well."""
     if name == "shared.weight":
         return 1
     return math.prod(shape[1:]) * (HEAD_DIM if name.endswith("SelfAttention.q.weight") else 1)

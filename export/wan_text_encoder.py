@@ -3,8 +3,8 @@
 Source of the architecture: transformers `UMT5EncoderModel`; UniMax (arXiv:2304.09151), T5 (arXiv:1910.10683). Each
 layer has its own relative-position bias and scores are not scaled. The bucket of each pair of positions is an input:
 its logarithm would otherwise be folded, or taken of zero, inside the graph. So are the rows of the embedding: its
-table, a fifth of the true model's weights, stays on the host. The residual stream stays float32 and, at float16, so does
-the second feed-forward matrix: their values leave half's range, not bfloat16's.
+table, a fifth of the true model's weights, stays on the host. The residual stream stays float32 and, at float16, so
+does the second feed-forward matrix: their values leave half's range, not bfloat16's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from t2v_rt.engines.manifest import EmbeddingSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
-from t2v_rt.export.graph import GraphWriter
+from t2v_rt.export.graph import GraphWriter, transpose
 from t2v_rt.export.weights import CheckpointWeights
 
 # Where float32 matrices cannot be multiplied, half ones are, of values divided by this power of two: sums of several
@@ -176,7 +174,7 @@ def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) 
     if g.precision == "bf16":
         return g.full(g.linear(g.half(inner), f"{dense}.wo", config.ffn_dim, config.dim, bias=False))
     if g.form.float32_matmul:
-        wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), np.transpose, half=False)
+        wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), transpose, half=False)
         return g.op("MatMul", inner, wo)
     small = g.half(g.mul(inner, g.scalar(1 / WO_SCALE)))
     narrowed = g.linear(small, f"{dense}.wo", config.ffn_dim, config.dim, bias=False)
