@@ -20,6 +20,7 @@ from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.plans import Range
 from t2v_rt.engines.tensorrt_builder import run_worker
 from t2v_rt.engines.tensorrt_library import DEFAULT_TARGETS, check_targets, load_library
+from t2v_rt.plan import plan
 from tests.conftest import Tiny
 from tests.test_graph_forms import FORBIDDEN
 
@@ -118,6 +119,23 @@ def test_other_gpus_versions_and_sizes_are_another_build(
     monkeypatch.setattr("tensorrt_rtx.__version__", "0.0.0")
     with pytest.raises(RequestError, match="progress reached"):
         build_engines(narrow.checkpoint, tmp_path / "one", backend=RTX, gpus="sm75", progress=_stop)
+
+
+def test_the_text_encoder_in_several_plans(narrow: Tiny, tmp_path: Path) -> None:
+    found = {}
+    for gpu in ("sm75", "sm89"):
+        bundle = build_engines(narrow.checkpoint, tmp_path / gpu, backend=RTX, gpus=gpu, vram_budget="1MB")
+        spec = found[gpu] = bundle.manifest.components["text_encoder"]
+        assert list(spec.graphs) == ["blocks_0", "blocks_1"]
+        assert all(graph.plan is not None and graph.plan.nodes["Attention"] == 1 for graph in spec.graphs.values())
+        assert spec.weights_bytes == sum(graph.weights_bytes for graph in spec.graphs.values())
+        assert not (bundle.folder / "graphs").exists()
+        tight = plan(bundle.folder, vram_budget=1)["stages"][0]
+        assert tight["weights_bytes"] == max(graph.weights_bytes for graph in spec.graphs.values())
+        assert tight["context_bytes"] == max(
+            graph.plan.profiles[0].context_bytes for graph in spec.graphs.values() if graph.plan is not None
+        )
+    assert (found["sm75"].precision, found["sm89"].precision) == ("fp16", "bf16")  # Turing has no bfloat16
 
 
 def _stop(step: str, done: int, total: int) -> None:
