@@ -28,6 +28,7 @@ from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.process_tree import measure
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle import open_bundle
+from t2v_rt.engines.contract import Feeds
 from t2v_rt.plan import plan
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
@@ -92,7 +93,7 @@ def parity(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         spec = family.export_component("text_encoder", source, configs, Path(folder), "fp32", roles=[role])
         with get_backend("onnxruntime").load(Path(folder), "text_encoder", spec) as component:
-            feeds = {"hidden_states": before, "relative_buckets": _buckets(pipe, len(ids))}
+            feeds: Feeds = {"hidden_states": before, "relative_buckets": _buckets(pipe, len(ids))}
             (found,) = component[role].infer(feeds).values()
     states = reference.block(middle, before)
     block_error = relative(found, states)
@@ -123,7 +124,7 @@ def lengths(bundle: Path) -> dict[str, Any]:
 
         def run(length: int) -> float:
             states = rng.standard_normal((1, length, manifest.model.text_dim), np.float32)
-            feeds = {"hidden_states": states, "relative_buckets": _buckets(pipe, length)}
+            feeds: Feeds = {"hidden_states": states, "relative_buckets": _buckets(pipe, length)}
             start = time.perf_counter()
             component[role].infer(feeds)
             return time.perf_counter() - start
