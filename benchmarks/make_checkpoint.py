@@ -2,9 +2,11 @@
 
     python -m t2v_rt.benchmarks.make_checkpoint build/wan-random
     python -m t2v_rt.benchmarks.make_checkpoint build/wan-random --dtype fp32 --set text_encoder.num_layers=24
+    python -m t2v_rt.benchmarks.make_checkpoint build/wan-full --text-encoder full
 
-Networks have the sizes of Wan2.1-T2V-1.3B except for the text encoder, which is narrow but of the true output width.
-Tensors are written one after another in pieces, so memory stays small and a GB takes about a second.
+Networks have the sizes of Wan2.1-T2V-1.3B except for the text encoder: unless asked for in full, 11.4 GB of it, it is
+narrow but of the true output width. Tensors are written one after another in pieces, so memory stays small and a GB
+takes about a second.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from t2v_rt.errors import RequestError
 from t2v_rt.runtime.memory_plan import parse_bytes
 
 PIECE = 8 << 20  # values generated at once
-SHARD = "5GB"  # as the published checkpoint is sharded
+SHARD_VALUES = 1_250_000_000  # of the published checkpoint, whose files are 5 GB of float32 at most
+HEAD_DIM = 64  # of every UMT5
 # name in safetensors, unsigned type of the same width, mantissa bits, exponent bias
 DTYPES: Mapping[str, tuple[str, str, int, int]] = {
     "fp32": ("F32", "<u4", 23, 127),
@@ -84,6 +87,14 @@ CONFIGS: Mapping[str, Config] = {
         "tie_word_embeddings": True,
     },
 }
+FULL_TEXT_ENCODER: Config = {
+    **CONFIGS["text_encoder"],
+    "vocab_size": 256384,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "tie_word_embeddings": False,  # as published, though the embedding is there once only
+}
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "prediction_type": "flow_prediction",
@@ -123,7 +134,7 @@ def make_checkpoint(
         folder: to write; it must not exist yet.
         configs: of `transformer`, `vae` and `text_encoder`, as their `config.json` has them.
         dtype: of all tensors: `fp32`, `fp16` or `bf16`.
-        shard_bytes: largest weight file; None for the published checkpoint's 5 GB.
+        shard_bytes: largest weight file; None for files that end where the published checkpoint's do.
         seed: of the weights.
 
     Returns:
@@ -164,7 +175,8 @@ def _write_shards(
     generator: np.random.Generator,
 ) -> int:
     """One safetensors file, or several with an index; returns their bytes."""
-    limit, width = shard_bytes or parse_bytes(SHARD), np.dtype(DTYPES[dtype][1]).itemsize
+    width = np.dtype(DTYPES[dtype][1]).itemsize
+    limit = shard_bytes or SHARD_VALUES * width
     shards: list[list[Tensor]] = [[]]
     room = limit
     for name, shape in tensors:
@@ -211,7 +223,7 @@ def _random_values(
     _, unsigned, mantissa_bits, bias = DTYPES[dtype]
     kind = np.dtype(unsigned)
     is_norm = "norm" in name and not name.endswith(".bias")
-    exponent = 0 if is_norm else round(-math.log2(MEAN_SQUARE * math.sqrt(math.prod(shape[1:]) or 1)))
+    exponent = 0 if is_norm else round(-math.log2(MEAN_SQUARE * math.sqrt(_fan_in(name, shape))))
     exponent = -5 if name.endswith(".bias") else exponent
     sign = 0 if is_norm else 1 << (8 * kind.itemsize - 1)
     keep, fixed = kind.type(sign | ((1 << mantissa_bits) - 1)), kind.type((exponent + bias) << mantissa_bits)
@@ -224,6 +236,13 @@ def _random_values(
         bits |= fixed
         yield bits
         left -= count
+
+
+def _fan_in(name: str, shape: tuple[int, ...]) -> int:
+    """Products that a weight is summed over: none of an embedding; UMT5's queries carry its scores' scale as well."""
+    if name == "shared.weight":
+        return 1
+    return math.prod(shape[1:]) * (HEAD_DIM if name.endswith("SelfAttention.q.weight") else 1)
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -263,15 +282,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", metavar="FOLDER", help="checkpoint to write")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights")
-    parser.add_argument("--max-shard-size", default=SHARD, metavar="SIZE", help="largest weight file")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file")
+    parser.add_argument("--text-encoder", default="narrow", choices=["narrow", "full"], help="its size")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--set", action="append", default=[], metavar="NETWORK.KEY=VALUE", help="change a config")
     options = parser.parse_args()
+    full = {"text_encoder": FULL_TEXT_ENCODER} if options.text_encoder == "full" else {}
     report = make_checkpoint(
         options.output,
-        changed(CONFIGS, options.set),
+        changed({**CONFIGS, **full}, options.set),
         dtype=options.dtype,
-        shard_bytes=parse_bytes(options.max_shard_size),
+        shard_bytes=None if options.max_shard_size is None else parse_bytes(options.max_shard_size),
         seed=options.seed,
     )
     print(json.dumps(report))

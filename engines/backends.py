@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,13 @@ class Backend(Protocol):
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         """Loads the engines of one component."""
         ...
+
+
+def load_parts(backend: Backend, folder: Path, name: str, spec: ComponentSpec) -> Iterator[Component]:
+    """Loads the parts of a component one after another, each released before the next (see `ComponentSpec.parts`)."""
+    for part in spec.parts:
+        with backend.load(folder, name, part) as component:
+            yield component
 
 
 def check_backend(name: str) -> str:

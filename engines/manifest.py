@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Self
@@ -15,6 +15,8 @@ from t2v_rt.errors import BundleError
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "bundle.json"
+BLOCKS = "blocks_"  # roles of engines that run one after another and of which each can be loaded alone
+EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class GraphSpec:
         outputs: likewise.
         states: that stay on the device.
         plan: what is known of a plan, None for a graph.
+        weights_bytes: bytes of the weights it reads, whether others read them too or not.
     """
 
     path: str
@@ -34,6 +37,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...] = ()
     plan: PlanSpec | None = None
+    weights_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         content = {
@@ -41,6 +45,7 @@ class GraphSpec:
             "inputs": [spec.to_json() for spec in self.inputs],
             "outputs": [spec.to_json() for spec in self.outputs],
             "states": [spec.to_json() for spec in self.states],
+            "weights_bytes": self.weights_bytes,
         }
         return content if self.plan is None else {**content, "plan": self.plan.to_json()}
 
@@ -52,6 +57,7 @@ class GraphSpec:
             tuple(TensorSpec.from_json(spec) for spec in fields["outputs"]),
             tuple(StateSpec.from_json(spec) for spec in fields["states"]),
             PlanSpec.from_json(fields["plan"]) if "plan" in fields else None,
+            int(fields["weights_bytes"]),
         )
 
 
@@ -89,21 +95,61 @@ class TileSpec:
 
 
 @dataclass(frozen=True)
+class EmbeddingSpec:
+    """A table of token embeddings that stays on the host: its rows are gathered there.
+
+    Args:
+        path: of the raw file, rows one after another, little endian.
+        dtype: `float32`, `float16` or `bfloat16`: the checkpoint's own.
+        rows: tokens.
+        columns: values of a row.
+    """
+
+    path: str
+    dtype: str
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in EMBEDDING_DTYPES:
+            raise BundleError(f"embeddings are {self.dtype!r}; expected one of {', '.join(EMBEDDING_DTYPES)}")
+
+
+@dataclass(frozen=True)
 class ComponentSpec:
     """A component: its engines by role and their size.
 
     Args:
-        graphs: role -> engine file: `model`; the VAE decoder has `head_first`, `head_next` (latents to features) and
+        graphs: role -> engine file: `model`; the text encoder has `blocks_0`, `blocks_1` … (consecutive groups of its
+            blocks, in the order they run), the VAE decoder `head_first`, `head_next` (latents to features) and
             `tail` (features to frames).
         precision: of matmul and convolution operands.
         weights_bytes: bytes of weights, shared by the graphs.
         tiles: of the VAE decoder's tail.
+        embedding: of the text encoder.
     """
 
     graphs: Mapping[str, GraphSpec]
     precision: str
     weights_bytes: int
     tiles: TileSpec | None = None
+    embedding: EmbeddingSpec | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The component of parts that were built one after another and share nothing."""
+        graphs = {role: graph for part in parts for role, graph in part.graphs.items()}
+        return replace(parts[0], graphs=graphs, weights_bytes=sum(part.weights_bytes for part in parts))
+
+    @property
+    def parts(self) -> tuple[Self, ...]:
+        """The component in parts of which one at a time has to be loaded: groups of blocks, or all of it."""
+        if not all(role.startswith(BLOCKS) for role in self.graphs):
+            return (self,)
+        return tuple(
+            replace(self, graphs={role: graph}, weights_bytes=graph.weights_bytes)
+            for role, graph in self.graphs.items()
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -111,13 +157,15 @@ class ComponentSpec:
             "precision": self.precision,
             "weights_bytes": self.weights_bytes,
             "tiles": None if self.tiles is None else asdict(self.tiles),
+            "embedding": None if self.embedding is None else asdict(self.embedding),
         }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         graphs = {str(role): GraphSpec.from_json(graph) for role, graph in fields["graphs"].items()}
         tiles = None if fields["tiles"] is None else TileSpec.from_json(fields["tiles"])
-        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]), tiles)
+        embedding = None if fields["embedding"] is None else EmbeddingSpec(**fields["embedding"])
+        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]), tiles, embedding)
 
 
 @dataclass(frozen=True)
@@ -219,6 +267,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         paths = [*self.files, *(graph.path for spec in self.components.values() for graph in spec.graphs.values())]
+        paths += [spec.embedding.path for spec in self.components.values() if spec.embedding is not None]
         for path in paths:
             check_inside(path)
         for path in paths if self.files else ():  # while a bundle is being written, nothing is hashed yet

@@ -67,7 +67,7 @@ class PlanBuilder:
         for i, (role, graph) in enumerate(spec.graphs.items()):
             path = str(Path(graph.path).with_suffix(SUFFIX).as_posix())
             (folder / path).parent.mkdir(exist_ok=True)
-            part = partial(_report_part, report, i, len(spec.graphs))
+            part = partial(report_part, report, i, len(spec.graphs))
             result = self.build(graph, graphs / graph.path, folder / path, profiles[role], part)
             told = zip(profiles[role], result["context_bytes"], strict=True)
             plan = PlanSpec(
@@ -76,9 +76,8 @@ class PlanBuilder:
                 bool(result["fused_attention"]),
                 nodes[role],
             )
-            built[role] = replace(graph, path=path, plan=plan)
-        weights = sum(graph.plan.weights_bytes for graph in built.values() if graph.plan is not None)
-        return replace(spec, graphs=built, weights_bytes=weights)
+            built[role] = replace(graph, path=path, plan=plan, weights_bytes=plan.weights_bytes)
+        return replace(spec, graphs=built, weights_bytes=sum(graph.weights_bytes for graph in built.values()))
 
     def build(
         self, spec: GraphSpec, graph: Path, plan: Path, profiles: Sequence[Ranges], report: Report
@@ -104,7 +103,8 @@ class PlanBuilder:
         return result
 
 
-def _report_part(report: Report, index: int, count: int, fraction: float) -> None:
+def report_part(report: Report, index: int, count: int, fraction: float) -> None:
+    """Reports what is done of one of several equal parts."""
     report((index + fraction) / count)
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.manifest import ComponentSpec, Defaults, GraphSpec, ModelSpec
+from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, Defaults, EmbeddingSpec, GraphSpec, ModelSpec
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.graph import Form, GraphWriter, Precision
-from t2v_rt.export.wan_text_encoder import TextEncoderConfig, write_text_encoder
+from t2v_rt.export.wan_text_encoder import TextEncoderConfig, copy_embedding, write_blocks
 from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
 from t2v_rt.export.wan_vae import VaeConfig, VaeDecoderGraph
 from t2v_rt.export.weights import WeightFile
@@ -28,22 +28,26 @@ DEFAULTS = Defaults(
     guidance_scale=5.0,
     negative_prompt="",
 )
-# component -> its engines' roles
-ROLES: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("model",),
-    "transformer": ("model",),
-    "vae_decoder": ("head_first", "head_next", "tail"),
-}
-COMPONENTS = tuple(ROLES)
+COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
+VAE_ROLES = ("head_first", "head_next", "tail")
+SHARD_BYTES = 3_000_000_000  # of a card, for one group of the text encoder's blocks: beside a desktop it fits on 4 GB
 
 
 @dataclass(frozen=True)
 class WanConfigs:
-    """The three networks' configs, checked against each other."""
+    """The three networks' configs, checked against each other.
+
+    Args:
+        text_encoder: config.
+        transformer: config.
+        vae: config.
+        shard_bytes: what an engine of the text encoder may take of a card.
+    """
 
     text_encoder: TextEncoderConfig
     transformer: TransformerConfig
     vae: VaeConfig
+    shard_bytes: int = SHARD_BYTES
 
     def __post_init__(self) -> None:
         pairs = (
@@ -60,8 +64,25 @@ class WanConfigs:
                 "frames is not supported; expected 3 and 1"
             )
 
+    @property
+    def text_blocks(self) -> dict[str, range]:
+        """Role -> blocks of each engine of the text encoder; the same at any precision."""
+        groups = self.text_encoder.groups(self.shard_bytes, TEXT_LENGTH)
+        return {f"{BLOCKS}{i}": blocks for i, blocks in enumerate(groups)}
 
-def read_configs(checkpoint: Checkpoint) -> WanConfigs:
+    def roles(self, component: str) -> tuple[str, ...]:
+        """The roles of a component's engines, in the order they run."""
+        if component == "text_encoder":
+            return tuple(self.text_blocks)
+        return ("model",) if component == "transformer" else VAE_ROLES
+
+    def parts(self, component: str) -> tuple[tuple[str, ...], ...]:
+        """Its roles in groups that share weights, and so are exported together."""
+        roles = self.roles(component)
+        return tuple((role,) for role in roles) if component == "text_encoder" else (roles,)
+
+
+def read_configs(checkpoint: Checkpoint, shard_bytes: int = SHARD_BYTES) -> WanConfigs:
     """Reads and checks the configs; raises CheckpointError for an architecture this family does not cover."""
     if checkpoint.pipeline != PIPELINE:
         raise CheckpointError(
@@ -71,6 +92,7 @@ def read_configs(checkpoint: Checkpoint) -> WanConfigs:
         TextEncoderConfig.from_config(checkpoint.configs["text_encoder"]),
         TransformerConfig.from_config(checkpoint.configs["transformer"]),
         VaeConfig.from_config(checkpoint.configs["vae"]),
+        shard_bytes,
     )
 
 
@@ -119,8 +141,9 @@ def export_component(
     folder: Path,
     precision: Precision,
     forms: Mapping[str, Form] | None = None,
+    roles: Sequence[str] | None = None,
 ) -> ComponentSpec:
-    """Writes the graphs and weights of one component.
+    """Writes graphs and weights of one component.
 
     Args:
         name: one of `COMPONENTS`.
@@ -129,35 +152,49 @@ def export_component(
         folder: of the bundle; a folder of the component's name is made in it.
         precision: of matmul and convolution operands.
         forms: how the backend wants the graph of each role; None for ONNX Runtime's.
+        roles: of the graphs to write; None for all.
 
     Returns:
-        What the manifest says of it.
+        What the manifest says of it, but for the table of the text encoder (see `export_embedding`).
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
     """
     weights = checkpoint.weights["vae" if name == "vae_decoder" else name]
+    place = folder / name
+    place.mkdir()
     graphs: dict[str, GraphSpec] = {}
-    with _writing(folder, name) as store:
-        for role in ROLES[name]:
-            label = name if role == "model" else f"{name}.{role}"
-            g = GraphWriter(label, weights, store, precision, Form() if forms is None else forms[role])
+
+    def writer(role: str, store: WeightFile) -> GraphWriter:
+        label = name if role == "model" else f"{name}.{role}"
+        return GraphWriter(label, weights, store, precision, Form() if forms is None else forms[role])
+
+    if name == "text_encoder":  # whose engines share no weights, and are loaded one at a time: a file for each
+        for role in roles or configs.roles(name):
+            with WeightFile(place / f"{role}.data") as store:
+                g = writer(role, store)
+                write_blocks(g, configs.text_encoder, configs.text_blocks[role])
+                graphs[role] = _saved(g, store, role)
+        return ComponentSpec(graphs, precision, sum(graph.weights_bytes for graph in graphs.values()))
+    with WeightFile(place / "weights.data") as store:
+        for role in roles or configs.roles(name):
+            g = writer(role, store)
             states: Sequence[StateSpec] = ()
-            if name == "text_encoder":
-                write_text_encoder(g, configs.text_encoder)
-            elif name == "transformer":
+            if name == "transformer":
                 write_transformer(g, configs.transformer)
             else:
-                writer = VaeDecoderGraph(g, configs.vae, first=role == "head_first")
-                states = writer.write_tail() if role == "tail" else writer.write_head()
+                decoder = VaeDecoderGraph(g, configs.vae, first=role == "head_first")
+                states = decoder.write_tail() if role == "tail" else decoder.write_head()
             graphs[role] = _saved(g, store, role, states)
     tiles = configs.vae.tiles if name == "vae_decoder" else None
     return ComponentSpec(graphs, precision, store.nbytes, tiles)
 
 
-def _writing(folder: Path, name: str) -> WeightFile:
-    (folder / name).mkdir()
-    return WeightFile(folder / name / "weights.data")
+def export_embedding(checkpoint: Checkpoint, configs: WanConfigs, folder: Path) -> EmbeddingSpec:
+    """Writes the table of token embeddings into the text encoder's folder; raises as `export_component`."""
+    (folder / "text_encoder").mkdir(exist_ok=True)
+    path = "text_encoder/embedding.data"
+    return copy_embedding(checkpoint.weights["text_encoder"], configs.text_encoder, folder, path)
 
 
 def _saved(g: GraphWriter, store: WeightFile, role: str, states: Sequence[StateSpec] = ()) -> GraphSpec:
@@ -170,4 +207,5 @@ def _saved(g: GraphWriter, store: WeightFile, role: str, states: Sequence[StateS
         tuple(spec for spec in g.inputs if spec.name not in hidden),
         tuple(spec for spec in g.outputs if spec.name not in hidden),
         tuple(states),
+        weights_bytes=g.weights_bytes,
     )

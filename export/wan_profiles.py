@@ -43,7 +43,7 @@ def with_grids(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfil
 
 
 def component_ranges(
-    model: ModelSpec, profiles: Sequence[VideoProfile], tiles: TileSpec
+    model: ModelSpec, profiles: Sequence[VideoProfile], tiles: TileSpec, text_roles: Sequence[str]
 ) -> dict[str, dict[str, tuple[Ranges, ...]]]:
     """Ranges of the symbols of each engine's graph, for each profile; equal ones once.
 
@@ -51,6 +51,7 @@ def component_ranges(
         model: constants of the model.
         profiles: of the bundle.
         tiles: of the VAE decoder, with the grids to build for.
+        text_roles: of the text encoder's engines.
 
     Returns:
         Component -> role -> a mapping of symbols to ranges for each profile.
@@ -74,7 +75,7 @@ def component_ranges(
         ]
     head, tail = _distinct(images), _distinct(parts)
     return {
-        "text_encoder": {"model": (text,)},
+        "text_encoder": dict.fromkeys(text_roles, (text,)),
         "transformer": {"model": _distinct(frames)},
         "vae_decoder": {"head_first": head, "head_next": head, "tail": tail},
     }

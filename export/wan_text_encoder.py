@@ -1,27 +1,36 @@
-"""The UMT5 encoder as one ONNX graph of dynamic length.
+"""The UMT5 encoder as ONNX graphs of dynamic length, each a group of its blocks.
 
 Source of the architecture: transformers `UMT5EncoderModel`; UniMax (arXiv:2304.09151), T5 (arXiv:1910.10683). Each
 layer has its own relative-position bias and scores are not scaled. The bucket of each pair of positions is an input:
-its logarithm would otherwise be folded, or taken of zero, inside the graph. The residual stream and the second
-feed-forward matrix stay float32: their values leave half's range.
+its logarithm would otherwise be folded, or taken of zero, inside the graph. So are the rows of the embedding: its
+table, a fifth of the true model's weights, stays on the host. The residual stream stays float32 and, at float16, so
+does the second feed-forward matrix: their values leave half's range, not bfloat16's.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from t2v_rt.engines.manifest import EmbeddingSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
-from t2v_rt.export.graph import GraphWriter
+from t2v_rt.export.graph import GraphWriter, transpose
+from t2v_rt.export.weights import CheckpointWeights
 
 # Where float32 matrices cannot be multiplied, half ones are, of values divided by this power of two: sums of several
 # hundred thousand, as they occur, then stay below half's 65504.
 WO_SCALE = 64.0
+HALF, FULL = 2, 4  # bytes of a value
+SCORE_COPIES = 3  # of the attention's scores, in float32, that are held at once: with their bias and their softmax
+TOKEN_COPIES = 4  # of the residual stream, likewise
+WIDENED_COPIES = 3  # of the feed-forward's values
+EMBEDDING = ("encoder.embed_tokens.weight", "shared.weight")  # the first that there is, as transformers ties them
 
 
 @dataclass(frozen=True)
@@ -72,19 +81,71 @@ class TextEncoderConfig:
             eps=option(config, "text_encoder", "layer_norm_epsilon", float, 1e-6),
         )
 
+    @property
+    def block_bytes(self) -> int:
+        """Weights of a block at half precision, with the float32 ones of float16."""
+        attention = 4 * self.dim * self.heads * self.head_dim
+        return HALF * attention + (2 * HALF + FULL) * self.dim * self.ffn_dim
 
-def write_text_encoder(g: GraphWriter, config: TextEncoderConfig) -> None:
-    """Writes the encoder into `g`: token ids (B, L) and buckets (L, L) in, prompt embeddings (B, L, D) out."""
-    ids = g.input(TensorSpec("input_ids", "int64", ("batch", "length")))
+    def context_bytes(self, length: int) -> int:
+        """Estimate of the memory that a block works in, for so many tokens."""
+        values = TOKEN_COPIES * self.dim + WIDENED_COPIES * self.ffn_dim + SCORE_COPIES * self.heads * length
+        return length * values * FULL
+
+    def groups(self, limit: int, length: int) -> tuple[range, ...]:
+        """Consecutive groups of blocks, as even as can be, none of which takes more memory than `limit`.
+
+        Args:
+            limit: bytes, of weights at half precision and context.
+            length: tokens of the longest prompt.
+
+        Returns:
+            As few groups as will do, of one block or more.
+        """
+        most = max(1, (limit - self.context_bytes(length)) // self.block_bytes)
+        count = math.ceil(self.layers / most)
+        bounds = [self.layers * i // count for i in range(count + 1)]
+        return tuple(range(*pair) for pair in itertools.pairwise(bounds))
+
+
+def write_blocks(g: GraphWriter, config: TextEncoderConfig, blocks: range) -> None:
+    """Writes consecutive blocks of the encoder into `g`.
+
+    Args:
+        g: takes the graph: hidden states (B, L, D), of the first blocks rows of the embedding, and buckets (L, L) in;
+            hidden states out or, of the last blocks, prompt embeddings, likewise (B, L, D).
+        config: of the encoder.
+        blocks: their indices.
+    """
+    shape = ("batch", "length", config.dim)
+    hidden = g.input(TensorSpec("hidden_states", "float32", shape))
     buckets = g.input(TensorSpec("relative_buckets", "int64", ("length", "length")))
-    name = "shared.weight" if "shared.weight" in g.weights else "encoder.embed_tokens.weight"
-    hidden = g.full(g.op("Gather", g.weight(name, (config.vocab, config.dim)), ids))
-    for layer in range(config.layers):
+    for layer in blocks:
         block = f"encoder.block.{layer}"
         hidden = g.add(hidden, _self_attention(g, config, f"{block}.layer.0", hidden, buckets))
         hidden = g.add(hidden, _feed_forward(g, config, f"{block}.layer.1", hidden))
-    hidden = _norm(g, config, "encoder.final_layer_norm", hidden)
-    g.output(hidden, TensorSpec("prompt_embeds", "float32", ("batch", "length", config.dim)))
+    if blocks.stop == config.layers:
+        hidden = _norm(g, config, "encoder.final_layer_norm", hidden)
+        g.output(hidden, TensorSpec("prompt_embeds", "float32", shape))
+    else:
+        g.output(hidden, TensorSpec("hidden_states_out", "float32", shape))
+
+
+def copy_embedding(weights: CheckpointWeights, config: TextEncoderConfig, folder: Path, path: str) -> EmbeddingSpec:
+    """Copies the table of token embeddings into a bundle, in the checkpoint's own dtype.
+
+    Args:
+        weights: of the text encoder.
+        config: of the encoder.
+        folder: of the bundle.
+        path: of the table inside it.
+
+    Raises:
+        CheckpointError: the tensor is missing or has the wrong shape.
+    """
+    name = next((name for name in EMBEDDING if name in weights), EMBEDDING[-1])
+    dtype = weights.copy(name, (config.vocab, config.dim), folder / path)
+    return EmbeddingSpec(path, dtype, config.vocab, config.dim)
 
 
 def _norm(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) -> str:
@@ -110,8 +171,10 @@ def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) 
     dense = f"{name}.DenseReluDense"
     gate, linear = (g.linear(normed, f"{dense}.wi_{i}", config.dim, config.ffn_dim, bias=False) for i in (0, 1))
     inner = g.mul(g.full(g.op("Gelu", gate, approximate="tanh")), g.full(linear))
+    if g.precision == "bf16":
+        return g.full(g.linear(g.half(inner), f"{dense}.wo", config.ffn_dim, config.dim, bias=False))
     if g.form.float32_matmul:
-        wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), np.transpose, half=False)
+        wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), transpose, half=False)
         return g.op("MatMul", inner, wo)
     small = g.half(g.mul(inner, g.scalar(1 / WO_SCALE)))
     narrowed = g.linear(small, f"{dense}.wo", config.ffn_dim, config.dim, bias=False)

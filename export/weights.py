@@ -18,6 +18,8 @@ from t2v_rt.errors import CheckpointError
 HEADER_LIMIT = 100_000_000  # the format's own limit on the JSON header, in bytes
 ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+COPIED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of a table copied as it is
+CHUNK = 1 << 24  # bytes of a copy at a time
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -75,6 +77,39 @@ class CheckpointWeights:
         Raises:
             CheckpointError: the tensor is missing, has another shape, or is not a floating-point tensor.
         """
+        stored = self._checked(name, shape)
+        raw = np.fromfile(stored.file, np.uint8, prod(shape) * ITEM_BYTES[stored.dtype], offset=stored.offset)
+        return _to_float32(raw, stored.dtype).reshape(shape)
+
+    def copy(self, name: str, shape: tuple[int, ...], path: Path) -> str:
+        """Copies one tensor's values into a raw file of their own, piece by piece.
+
+        Args:
+            name: as for `read`.
+            shape: as for `read`.
+            path: the file to create.
+
+        Returns:
+            The dtype written, the checkpoint's own but for float64: `float32`, `float16` or `bfloat16`.
+
+        Raises:
+            CheckpointError: as for `read`.
+        """
+        stored = self._checked(name, shape)
+        left = prod(shape) * ITEM_BYTES[stored.dtype]
+        with stored.file.open("rb") as source, path.open("wb") as target:
+            source.seek(stored.offset)
+            while left:
+                piece = source.read(min(left, CHUNK))
+                if not piece:
+                    raise CheckpointError(f"{stored.file}: ends inside tensor {name!r}; download it again")
+                left -= len(piece)
+                target.write(
+                    _to_float32(np.frombuffer(piece, np.uint8), "F64").data if stored.dtype == "F64" else piece
+                )
+        return COPIED_DTYPES[stored.dtype]
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         stored = self._find(name)
         if stored.shape != shape:
             raise CheckpointError(
@@ -85,8 +120,7 @@ class CheckpointWeights:
             raise CheckpointError(
                 f"{stored.file}: tensor {name!r} has dtype {stored.dtype}; expected one of {', '.join(ITEM_BYTES)}"
             )
-        raw = np.fromfile(stored.file, np.uint8, prod(shape) * ITEM_BYTES[stored.dtype], offset=stored.offset)
-        return _to_float32(raw, stored.dtype).reshape(shape)
+        return stored
 
     def _find(self, name: str) -> StoredTensor:
         try:
@@ -104,6 +138,17 @@ def _to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
         return widened.view(np.float32)
     source = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
     return raw.view(source).astype(np.float32, copy=False)
+
+
+def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of float32 values rounded to bfloat16, to nearest even."""
+    bits = array.view(np.uint32)
+    upper = bits >> 16
+    upper &= 1
+    upper += 0x7FFF
+    upper += bits
+    upper >>= 16
+    return upper.astype(np.uint16)
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
@@ -186,12 +231,12 @@ class WeightPlace:
 
     offset: int
     length: int
-    dtype: np.dtype[Any]
+    dtype: str
     shape: tuple[int, ...]
 
 
 class WeightFile:
-    """The raw external data file of one component, shared by its graphs; written front to back, each weight once.
+    """A raw external data file, shared by the graphs of a component; written front to back, each weight once.
 
     Args:
         path: the file to create, beside the graphs that name it.
@@ -207,12 +252,14 @@ class WeightFile:
         """Bytes of all weights, padding not counted."""
         return sum(place.length for place in self.places.values())
 
-    def put(self, name: str, array: NDArray[Any]) -> WeightPlace:
-        """Appends a weight at the next page boundary and returns its place."""
+    def put(self, name: str, array: NDArray[np.float32], dtype: str) -> WeightPlace:
+        """Appends a weight at the next page boundary, as `float32`, `float16` or `bfloat16`, and returns its place."""
+        values: NDArray[Any] = np.ascontiguousarray(array)
+        values = to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype, copy=False)
         offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
         self._stream.write(b"\0" * (offset - self._stream.tell()))
-        self._stream.write(np.ascontiguousarray(array).data)
-        self.places[name] = WeightPlace(offset, array.nbytes, array.dtype, array.shape)
+        self._stream.write(values.data)
+        self.places[name] = WeightPlace(offset, values.nbytes, dtype, array.shape)
         return self.places[name]
 
     def __enter__(self) -> Self:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.contract import Component
+from t2v_rt.engines.contract import Engine
 from t2v_rt.engines.manifest import ModelSpec
 from t2v_rt.errors import EngineError
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.prompt import PromptTokenizer
 
 Array = NDArray[np.float32]
@@ -25,52 +27,78 @@ class PromptEncoder:
     Args:
         model: constants of the model.
         tokenizer: of the bundle.
-        open_component: loads the text encoder, called only when a text is not cached.
+        table: of the token embeddings.
+        open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done with
+            when the next one is; called only when a text is not cached.
     """
 
-    def __init__(self, model: ModelSpec, tokenizer: PromptTokenizer, open_component: Callable[[], Component]) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        tokenizer: PromptTokenizer,
+        table: EmbeddingTable,
+        open_engines: Callable[[], Generator[Engine, None, None]],
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._open = open_component
+        self._table = table
+        self._open = open_engines
         self._cache: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
+        self._running = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings as the reference pads them.
 
         Args:
-            texts: the prompts.
+            texts: the prompts; those that are new run through each engine together, while it is loaded.
 
         Returns:
             float32 (B, text_length, D): each prompt's rows, then zeros.
 
         Raises:
+            BundleError: tokenizer and text encoder do not belong together.
             EngineError: the text encoder failed or gave values that are not finite.
         """
-        model = self._model
-        result = np.zeros((len(texts), model.text_length, model.text_dim), np.float32)
+        found = self._cached(texts)
+        if len(found) < len(set(texts)):
+            with self._running:  # two threads would load everything twice
+                found = self._cached(texts)
+                found |= self._run([text for text in dict.fromkeys(texts) if text not in found])
+        result = np.zeros((len(texts), self._model.text_length, self._model.text_dim), np.float32)
         for row, text in zip(result, texts, strict=True):
-            rows = self._rows(text)
-            row[: len(rows)] = rows
+            row[: len(found[text])] = found[text]
         return result
 
-    def _rows(self, text: str) -> Array:
-        """Embeddings (L, D) of one text, L its own length."""
+    def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Embeddings (L, D) of those texts that are remembered."""
         with self._lock:
-            if text in self._cache:
+            found = {text: self._cache[text] for text in texts if text in self._cache}
+            for text in found:
                 self._cache.move_to_end(text)
-                return self._cache[text]
-        ids = self._tokenizer.encode(text)
+        return found
+
+    def _run(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Embeddings (L, D) of texts, each at its own length L; remembered."""
+        if not texts:
+            return {}
         model = self._model
-        buckets = wan.relative_buckets(len(ids), model.relative_buckets, model.relative_max_distance)
-        embeds = self._open()["model"].infer({"input_ids": ids[None], "relative_buckets": buckets})["prompt_embeds"]
-        check_finite(embeds, "encode", "the text encoder")
+        hidden = [self._table.rows(self._tokenizer.encode(text)) for text in texts]
+        buckets = [
+            wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
+        ]
+        with closing(self._open()) as engines:
+            for engine in engines:
+                for i, (states, relative) in enumerate(zip(hidden, buckets, strict=True)):
+                    (hidden[i],) = engine.infer({"hidden_states": states, "relative_buckets": relative}).values()
+        for embeds in hidden:
+            check_finite(embeds, "encode", "the text encoder")
+        found = {text: embeds[0] for text, embeds in zip(texts, hidden, strict=True)}
         with self._lock:
-            self._cache[text] = embeds[0]
-            if len(self._cache) > CACHED_TEXTS:
+            self._cache.update(found)
+            while len(self._cache) > CACHED_TEXTS:
                 self._cache.popitem(last=False)
-        rows: Array = embeds[0]
-        return rows
+        return found
 
 
 def check_finite(array: NDArray[np.floating], stage: str, what: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from t2v_rt.engines import platform
@@ -19,13 +20,13 @@ from t2v_rt.runtime import self_test
 logger = logging.getLogger(__name__)
 
 
-def prove(bundle: Bundle, name: str, component: Component, device: str) -> None:
-    """Tests a loaded component unless it has passed on this device before.
+def prove(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], device: str) -> None:
+    """Tests a component unless it has passed on this device before.
 
     Args:
         bundle: that it is of.
         name: of the component.
-        component: its engines.
+        parts: gives its engines, loaded, part by part; called only for a test.
         device: what they run on; empty for one that needs no proof, as the reference itself ran there.
 
     Raises:
@@ -39,7 +40,7 @@ def prove(bundle: Bundle, name: str, component: Component, device: str) -> None:
     if not self_test.has_answers(name, bundle.folder):
         logger.warning("%s was not tested on %s: the bundle carries no self-test of it", name, device)
         return
-    result = self_test.check(name, component, bundle.manifest, bundle.folder)
+    result = self_test.check(name, parts(), bundle.manifest, bundle.folder)
     if not result.passed:
         raise EngineError(
             f"{name} computes something else on {device} than its float32 reference: relative error "

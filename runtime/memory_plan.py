@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from t2v_rt.engines.manifest import GRIDS, ComponentSpec, Manifest
+from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, Manifest
 from t2v_rt.engines.plans import nearest_profile
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
@@ -62,6 +62,8 @@ class MemoryPlan:
         budget_bytes: that they must keep to, or None.
         reserve_bytes: of a card, for what is on it besides: the driver's own context, and a desktop.
         estimated: whether contexts are estimates; False where a builder told them.
+        resident: whether weights stay loaded; otherwise each stage's are released when it ends.
+        streamed: whether the text encoder's engines are loaded one after another, each released before the next.
     """
 
     stages: tuple[StageMemory, ...]
@@ -70,22 +72,15 @@ class MemoryPlan:
     budget_bytes: int | None
     reserve_bytes: int = 0
     estimated: bool = True
-
-    @property
-    def resident(self) -> bool:
-        """Whether all weights stay loaded; otherwise each stage's are released when it ends."""
-        return self.budget_bytes is None or self._peak_with_all_weights <= self.budget_bytes
-
-    @property
-    def _peak_with_all_weights(self) -> int:
-        weights = sum(stage.weights_bytes for stage in self.stages)
-        return self.reserve_bytes + weights + max(stage.work_bytes for stage in self.stages)
+    resident: bool = True
+    streamed: bool = False
 
     @property
     def peak_bytes(self) -> int:
         """The most that is held at once, the reserve included."""
         if self.resident:
-            return self._peak_with_all_weights
+            weights = sum(stage.weights_bytes for stage in self.stages)
+            return self.reserve_bytes + weights + max(stage.work_bytes for stage in self.stages)
         return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
 
     @property
@@ -131,6 +126,7 @@ def make_plan(
     grid: Grid | None = None,
     kept_frames: int = 0,
     one_batch: bool = False,
+    room: int | None = None,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -142,6 +138,7 @@ def make_plan(
             of tiles are parked in host memory where no grid keeps to it otherwise.
         kept_frames: frames that are held at once as float32 results.
         one_batch: whether guidance makes both predictions of a step in one batch.
+        room: without a budget, bytes from which on the text encoder is not kept loaded; None for no limit.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -155,10 +152,8 @@ def make_plan(
     latents = batch * channels * frames * height * width * FLOAT
     calls = 2 * batch if one_batch else batch
     text = model.text_length * model.text_dim * FLOAT
-    encoder = built_context(components["text_encoder"], "model", {"batch": 1, "length": model.text_length})
-    encode = StageMemory(
-        "encode", components["text_encoder"].weights_bytes, text if encoder is None else encoder, 0, text
-    )
+    encoder = components["text_encoder"]
+    encode = _encode_stage(encoder, model.text_length, text)
     sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
     told = built_context(components["transformer"], "model", sizes)
     denoise = StageMemory(
@@ -172,13 +167,21 @@ def make_plan(
     )
     kept = latents + kept_frames * height * width * model.spatial_factor**2 * 3 * FLOAT
     reserve = CARD_RESERVE if on_card(manifest) else 0
-    ways = []
+    limit, ways = room if budget is None else budget, []
     for tiles, parks in decode_ways(manifest, grid):
         decode, parked = _decode_stage(components["vae_decoder"], height, width, tiles, kept, parks)
         ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated=told is None))
         if budget is None or decode.total_bytes + reserve <= budget:
-            return ways[-1]
-    return min(ways, key=lambda plan: plan.stages[-1].total_bytes)
+            return _settled(ways[-1], encoder, limit)
+    return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), encoder, limit)
+
+
+def _settled(plan: MemoryPlan, encoder: ComponentSpec, limit: int | None) -> MemoryPlan:
+    """The plan of loaded weights, with fewer of them loaded where they do not keep to the limit together."""
+    if limit is None or plan.peak_bytes <= limit:
+        return plan
+    encode = replace(plan.stages[0], weights_bytes=max(part.weights_bytes for part in encoder.parts))
+    return replace(plan, stages=(encode, *plan.stages[1:]), resident=plan.budget_bytes is None, streamed=True)
 
 
 def on_card(manifest: Manifest) -> bool:
@@ -207,6 +210,12 @@ def decode_ways(manifest: Manifest, grid: Grid | None) -> list[tuple[Grid, bool]
     grids = [grid] if grid is not None else built_for or GRIDS
     parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
     return [(item, False) for item in grids] + [(item, True) for item in parkable]
+
+
+def _encode_stage(encoder: ComponentSpec, length: int, text: int) -> StageMemory:
+    """The encode stage with all engines loaded; `text` bytes of embeddings, of so many tokens, go in and out."""
+    told = built_context(encoder, BLOCKS, {"batch": 1, "length": length})
+    return StageMemory("encode", encoder.weights_bytes, text if told is None else told, 0, 2 * text)
 
 
 def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
@@ -304,6 +313,7 @@ def to_json(plan: MemoryPlan) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "fits": plan.fits,
         "resident": plan.resident,
+        "streamed": plan.streamed,
         "reserve_bytes": plan.reserve_bytes,
         "estimated": plan.estimated,
         "vae_tiles": list(plan.grid),

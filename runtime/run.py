@@ -105,15 +105,21 @@ class Run:
         check_cancelled(self._cancel, "encode")
         self._progress("encode", 0, 1)
         conditional, unconditional = request.prompt_embeds, None
-        if conditional is None:
-            conditional = self._stages.encode_prompt(request.prompts)
+        prompts = request.prompts if conditional is None else ()
+        negatives: Sequence[str] = ()
         if request.guidance.needs_negative:
             unconditional = request.negative_prompt_embeds
-            if unconditional is None:
-                unconditional = self._stages.encode_prompt(request.negative_prompts)
-            unconditional = np.repeat(unconditional, request.num_videos_per_prompt, 0)
+            negatives = request.negative_prompts if unconditional is None else ()
+        if prompts or negatives:  # together, while the text encoder's weights are there
+            embeds = self._stages.encode_prompt([*prompts, *negatives])
+            conditional = embeds[: len(prompts)] if prompts else conditional
+            unconditional = embeds[len(prompts) :] if negatives else unconditional
         self._progress("encode", 1, 1)
-        return np.repeat(conditional, request.num_videos_per_prompt, 0), unconditional
+        assert conditional is not None
+        conditional = np.repeat(conditional, request.num_videos_per_prompt, 0)
+        if unconditional is not None:
+            unconditional = np.repeat(unconditional, request.num_videos_per_prompt, 0)
+        return conditional, unconditional
 
     def _denoise(self, latents: Array, prompts: Prompts, generators: list[Generator]) -> Array:
         guidance, scheduler, cache = self.request.guidance, self._scheduler, self._cache

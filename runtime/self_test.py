@@ -11,7 +11,7 @@ whatever weights attention gives to equal values, their mean is that value: one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def run_calls(name: str, component: Component, model: ModelSpec, built: ComponentSpec) -> list[NDArray[Any]]:
-    """Makes a component's calls one after another and returns what each gave.
+    """Makes the calls of a component, or of a part of it, one after another and returns what each gave.
 
     Args:
         name: of the component.
@@ -98,7 +98,10 @@ def _calls(
     noise = Generator(0)
     if name == "text_encoder":
         buckets = wan.relative_buckets(TOKENS, model.relative_buckets, model.relative_max_distance)
-        yield Call("model", {"input_ids": np.arange(TOKENS)[None], "relative_buckets": buckets}, "prompt_embeds")
+        for role in component:  # all are fed alike: what one gives would carry its error into the next
+            hidden = Generator(0).randn((1, TOKENS, model.text_dim))
+            feeds: Arrays = {"hidden_states": hidden, "relative_buckets": buckets}
+            yield Call(role, feeds, component[role].outputs[0].name)
     elif name == "transformer":
         yield Call("model", _denoiser_feeds(component, model, built, noise), "noise_pred")
     else:
@@ -139,22 +142,19 @@ def _scale(built: ComponentSpec) -> int:
     return built.tiles.scale
 
 
-def record(name: str, component: Component, model: ModelSpec, built: ComponentSpec, folder: Path) -> None:
-    """Runs a component of the reference and writes its answers into a bundle that is being built.
+def record(name: str, answers: Sequence[NDArray[Any]], folder: Path) -> None:
+    """Writes what the reference of a component gave into a bundle that is being built.
 
     Args:
         name: of the component.
-        component: its float32 graphs, loaded.
-        model: constants of the model.
-        built: what the manifest says of the bundle's own component.
+        answers: of `run_calls`, with its float32 graphs, of all parts.
         folder: of the bundle.
     """
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
-    results = run_calls(name, component, model, built)
-    answers = {f"{i}": _sampled(result).astype(np.float32) for i, result in enumerate(results)}
+    named = {f"{i}": _sampled(answer).astype(np.float32) for i, answer in enumerate(answers)}
     with (place / f"{name}.npz").open("wb") as stream:
-        np.savez(stream, **answers)  # type: ignore[arg-type]
+        np.savez(stream, **named)  # type: ignore[arg-type]
 
 
 def has_answers(name: str, folder: Path) -> bool:
@@ -162,8 +162,14 @@ def has_answers(name: str, folder: Path) -> bool:
     return (folder / FOLDER / f"{name}.npz").is_file()
 
 
-def check(name: str, component: Component, manifest: Manifest, folder: Path) -> Verdict:
-    """Holds a loaded component against its bundle's answers.
+def check(name: str, parts: Iterable[Component], manifest: Manifest, folder: Path) -> Verdict:
+    """Holds a component against its bundle's answers.
+
+    Args:
+        name: of the component.
+        parts: its engines, part by part; each is done with when the next one is asked for.
+        manifest: of the bundle.
+        folder: of the bundle.
 
     Raises:
         BundleError: the bundle has no answers for it.
@@ -178,7 +184,8 @@ def check(name: str, component: Component, manifest: Manifest, folder: Path) -> 
     except (OSError, ValueError, KeyError) as exc:
         raise BundleError(f"{path} cannot be read ({exc}); build the bundle again") from exc
     error, built = 0.0, manifest.components[name]
-    for found, expected in zip(run_calls(name, component, manifest.model, built), answers, strict=True):
+    results = (result for component in parts for result in run_calls(name, component, manifest.model, built))
+    for found, expected in zip(results, answers, strict=True):
         error = max(error, _largest_error(found, expected))
     return Verdict(name, error, TOLERANCES[built.precision])
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.backends import Backend
+from t2v_rt.engines import platform
+from t2v_rt.engines.backends import Backend, load_parts
 from t2v_rt.engines.bundle import Bundle
-from t2v_rt.engines.contract import Component
+from t2v_rt.engines.contract import Component, Engine
 from t2v_rt.errors import OutOfMemoryError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
+from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.first_use import prove
 from t2v_rt.runtime.frame_decoder import FrameDecoder
@@ -50,18 +53,31 @@ class Stages:
         self._components: dict[str, Component] = {}
         self._users: Counter[str] = Counter()  # stages that are using a component now
         self._lock = threading.Lock()
-        self._keep = budget is None  # until a request's plan says more
-        model = self.manifest.model
+        model, components = self.manifest.model, self.manifest.components
+        self._room = platform.available_memory_bytes()
+        self._keep = budget is None  # these two until a request's plan says more
+        self._stream = not self._keep or sum(spec.weights_bytes for spec in components.values()) > self._room
         self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
-        self._encoder = PromptEncoder(model, self.tokenizer, lambda: self.component("text_encoder"))
+        embedding = components["text_encoder"].embedding
+        assert embedding is not None
+        table = EmbeddingTable(bundle.folder, embedding)
+        self._encoder = PromptEncoder(model, self.tokenizer, table, self._text_engines)
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
-        try:
-            return self._encoder.encode(texts)
-        finally:
-            if not self._keep:
-                self.release("text_encoder")
+        return self._encoder.encode(texts)
+
+    def _text_engines(self) -> Generator[Engine, None, None]:
+        """The text encoder's engines in the order they run, all of them loaded or one at a time, as the plan says."""
+        name = "text_encoder"
+        if self._stream and name not in self._components:
+            parts = partial(load_parts, self._backend, self.bundle.folder, name, self.manifest.components[name])
+            prove(self.bundle, name, parts, self._backend.device)
+            for component in parts():
+                yield from component.engines.values()
+        else:
+            with self.stage(name) as component:
+                yield from component.engines.values()
 
     def decode(
         self,
@@ -143,11 +159,12 @@ class Stages:
             grid=self._vae_tiles,
             kept_frames=kept_frames,
             one_batch=one_batch,
+            room=self._room,
         )
 
     def follow(self, plan: MemoryPlan) -> None:
-        """From here on, keeps components loaded, or releases each after its stage, as a plan says."""
-        self._keep = plan.resident
+        """From here on, keeps components loaded, or releases each after its stage or shard, as a plan says."""
+        self._keep, self._stream = plan.resident, plan.streamed
 
     def component(self, name: str) -> Component:
         """A component's engines, loaded at the first use, and tested at the first on this device."""
@@ -155,7 +172,7 @@ class Stages:
             if name not in self._components:
                 component = self._backend.load(self.bundle.folder, name, self.manifest.components[name])
                 try:
-                    prove(self.bundle, name, component, self._backend.device)
+                    prove(self.bundle, name, lambda: [component], self._backend.device)
                 except BaseException:
                     component.close()
                     raise

@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,13 @@ from t2v_rt.errors import BundleError, InputError, RequestError
 
 if TYPE_CHECKING:
     from t2v_rt.export.checkpoint import Checkpoint
+    from t2v_rt.export.wan import WanConfigs
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Report = Callable[[str, float], None]
 STEPS = ("text_encoder", "transformer", "vae_decoder", "self_test", "hash", "done")
-REFERENCE_GROWTH = 2.5  # half weights become float32, and ONNX Runtime packs the largest matrices once more
+REFERENCE_GROWTH = 2.2  # of float32 weights in memory: ONNX Runtime packs the largest matrices once more
 PER_STEP = 100  # what progress counts in
 DISK_MARGIN = 1.1  # of the weights' bytes: graphs and padding come on top
 PRECISIONS = {"onnxruntime": "fp32"}  # of a backend where none is given; plans are half precision
@@ -44,6 +45,7 @@ def build_engines(
     width: Sizes = None,
     num_frames: Sizes = None,
     gpus: str | Sequence[str] | None = None,
+    vram_budget: int | str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -63,6 +65,8 @@ def build_engines(
         width: default width, likewise.
         num_frames: default number of frames, likewise.
         gpus: that TensorRT-RTX builds for, such as "sm86,sm89"; None for all from sm80 on.
+        vram_budget: memory of the smallest card it is for, bytes or text such as `4GiB`: the text encoder comes in
+            engines of which one at a time fits there; None for engines of 3 GB at most, which suits most cards.
         force: build even where an existing bundle could be reused.
         progress: called as `f(step, done, total)`.
 
@@ -84,7 +88,9 @@ def build_engines(
         raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
     target = Path(output)
     platform.check_writable_parent(target)
-    job = _Build(open_checkpoint(checkpoint), backend, _precision(backend, precision), targets)
+    job = _Build(
+        open_checkpoint(checkpoint), backend, _precision(backend, precision), targets, _shard_bytes(vram_budget)
+    )
     manifest = job.manifest((height, width, num_frames))
     _check_request(manifest)
     if not force and (existing := _reusable(target, manifest)) is not None:
@@ -95,7 +101,7 @@ def build_engines(
         components = job.components(manifest, folder, report)
         report("self_test", 0.0)
         for name, spec in components.items():
-            if job.can_run_reference(name, folder):
+            if job.can_run_reference(name, spec, folder):
                 job.record_self_test(name, spec, manifest, folder)
         (folder / "tokenizer").mkdir()
         shutil.copyfile(job.source.tokenizer, folder / "tokenizer" / "tokenizer.json")
@@ -116,12 +122,20 @@ class _Build:
         backend: a known one.
         precision: a known one.
         targets: GPUs by name, or none.
+        shard_bytes: what an engine of the text encoder may take of a card.
     """
 
     source: Checkpoint
     backend: str
     precision: str
     targets: tuple[str, ...]
+    shard_bytes: int
+
+    @cached_property
+    def configs(self) -> WanConfigs:
+        from t2v_rt.export import wan
+
+        return wan.read_configs(self.source, self.shard_bytes)
 
     @property
     def makes_plans(self) -> bool:
@@ -147,7 +161,7 @@ class _Build:
             precision=self.precision,
             fingerprint=self._fingerprint(builder, profiles),
             builder=builder,
-            model=wan.model_spec(wan.read_configs(self.source)),
+            model=wan.model_spec(self.configs),
             scheduler=self.source.scheduler,
             defaults=replace(defaults, **best),
             components={},
@@ -172,6 +186,7 @@ class _Build:
             "precision": self.precision,
             "targets": self.targets,
             "profiles": [profile.to_json() for profile in profiles],
+            "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
             "code": code.hexdigest(),
             "versions": {**builder, **_versions("onnxruntime")},
         }
@@ -182,37 +197,49 @@ class _Build:
         from t2v_rt.export import wan
         from t2v_rt.export.graph import check_precision
 
-        configs, precision = wan.read_configs(self.source), check_precision(self.precision)
-        if not self.makes_plans:
-            result = {}
+        if self.makes_plans:
+            result = self._plans(manifest, folder, report)
+        else:
+            result, precision = {}, check_precision(self.precision)
             for name in wan.COMPONENTS:
                 report(name, 0.0)
-                result[name] = wan.export_component(name, self.source, configs, folder, precision)
-            return result
+                result[name] = wan.export_component(name, self.source, self.configs, folder, precision)
+        embedding = wan.export_embedding(self.source, self.configs, folder)
+        return {**result, "text_encoder": replace(result["text_encoder"], embedding=embedding)}
 
-        from t2v_rt.engines.tensorrt_builder import PlanBuilder
+    def _plans(self, manifest: Manifest, folder: Path, report: Report) -> dict[str, ComponentSpec]:
+        """Builds the plans of all components: graphs are exported and built from in turn, so that few lie on disk."""
+        from t2v_rt.engines.tensorrt_builder import PlanBuilder, report_part
+        from t2v_rt.export import wan
+        from t2v_rt.export.graph import check_precision
         from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
         from t2v_rt.inspect import count_nodes
 
+        configs, turing = self.configs, "sm75" in self.targets  # Turing multiplies neither float32 nor bfloat16
         tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
-        ranges = component_ranges(manifest.model, manifest.profiles, tiles)
-        forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, "sm75" not in self.targets)
+        ranges = component_ranges(manifest.model, manifest.profiles, tiles, configs.roles("text_encoder"))
+        forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, not turing)
         builder, result = PlanBuilder(self.backend, self.targets), {}
         for name in wan.COMPONENTS:
             report(name, 0.0)
-            graphs = folder / "graphs"
-            graphs.mkdir()
-            spec = wan.export_component(name, self.source, configs, graphs, precision, forms[name])
-            spec = replace(spec, tiles=tiles if spec.tiles else None)
-            nodes = {role: count_nodes(graphs / graph.path) for role, graph in spec.graphs.items()}
-            result[name] = builder.build_component(graphs, folder, spec, ranges[name], nodes, partial(report, name))
-            platform.remove_tree(graphs)
+            precision = "bf16" if name == "text_encoder" and not turing else check_precision(self.precision)
+            parts, built = configs.parts(name), []
+            for i, roles in enumerate(parts):
+                graphs = folder / "graphs"
+                graphs.mkdir()
+                spec = wan.export_component(name, self.source, configs, graphs, precision, forms[name], roles)
+                spec = replace(spec, tiles=tiles if spec.tiles else None)
+                nodes = {role: count_nodes(graphs / graph.path) for role, graph in spec.graphs.items()}
+                told = partial(report_part, partial(report, name), i, len(parts))
+                built.append(builder.build_component(graphs, folder, spec, ranges[name], nodes, told))
+                platform.remove_tree(graphs)
+            result[name] = ComponentSpec.joined(built)
         return result
 
-    def can_run_reference(self, name: str, folder: Path) -> bool:
-        """Whether a component fits memory and disk once more in float32; where it does not, that is said."""
-        files = self.source.weights["vae" if name == "vae_decoder" else name].files
-        needed = int(sum(file.stat().st_size for file in files) * REFERENCE_GROWTH)
+    def can_run_reference(self, name: str, built: ComponentSpec, folder: Path) -> bool:
+        """Whether the largest part of a component fits memory and disk in float32; where it does not, that is said."""
+        largest = max(part.weights_bytes for part in built.parts)
+        needed = int(largest * REFERENCE_GROWTH) * (1 if self.precision == "fp32" else 2)
         room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
         if needed > room:
             logger.warning(
@@ -229,17 +256,19 @@ class _Build:
         from t2v_rt.export import wan
         from t2v_rt.runtime import self_test
 
-        place, spec = folder, built
-        if self.precision != "fp32":
-            place = folder / "reference"
-            place.mkdir()
-            spec = wan.export_component(name, self.source, wan.read_configs(self.source), place, "fp32")
-        try:
+        again = self.precision != "fp32"
+        place = folder / "reference" if again else folder
+        answers = []
+        for part in built.parts:
+            spec = part
+            if again:
+                place.mkdir()
+                spec = wan.export_component(name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs))
             with get_backend("onnxruntime").load(place, name, spec) as component:
-                self_test.record(name, component, manifest.model, built, folder)
-        finally:
-            if place != folder:
+                answers += self_test.run_calls(name, component, manifest.model, built)
+            if again:
                 platform.remove_tree(place)
+        self_test.record(name, answers, folder)
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -255,6 +284,14 @@ def _precision(backend: str, given: str | None) -> str:
     if backend != "onnxruntime" and precision != "fp16":
         raise RequestError(f"precision is {precision!r}; backend {backend} has fused attention for fp16 only")
     return precision
+
+
+def _shard_bytes(vram_budget: int | str | None) -> int:
+    """What an engine of the text encoder may take of a card of that memory."""
+    from t2v_rt.export.wan import SHARD_BYTES
+    from t2v_rt.runtime.memory_plan import CARD_RESERVE, parse_bytes
+
+    return SHARD_BYTES if vram_budget is None else min(SHARD_BYTES, parse_bytes(vram_budget) - CARD_RESERVE)
 
 
 def _reporter(progress: Progress | None) -> Report:

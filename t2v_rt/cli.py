@@ -93,6 +93,11 @@ def _add_build(commands: Any) -> None:
     add("--width", metavar="SIZE", help="likewise")
     add("--num-frames", metavar="SIZE", help="likewise, in frames")
     add("--gpu", metavar="NAMES", help="that tensorrt-rtx builds for: sm75,sm80,sm86,sm89,sm120; all but sm75")
+    add(
+        "--vram-budget",
+        metavar="SIZE",
+        help="of the smallest card it is for: the text encoder's engines fit one by one",
+    )
     add("--force", action="store_true", help="build even where the bundle there could be reused")
 
 
@@ -181,6 +186,7 @@ def run_build(options: argparse.Namespace) -> None:
             width=options.width,
             num_frames=options.num_frames,
             gpus=options.gpu,
+            vram_budget=options.vram_budget,
             force=options.force,
             progress=lambda step, done, total: bars.update("build", done, total, detail=step),
         )

@@ -39,8 +39,8 @@ def plan(
         vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
 
     Returns:
-        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `parked_bytes`, `stages`, the request's size; and
-        where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
+        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the size of
+        the request; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -79,6 +79,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         cells = [*(stage[part] for part in PARTS), stage["total_bytes"]]
         lines.append(f"{stage['name']:8}" + "".join(f"{cell / GB:9.3f}" for cell in cells))
     kept = "all weights stay loaded" if report["resident"] else "each stage's weights are released after it"
+    kept += ", the text encoder's engine by engine" if report["streamed"] else ""
     reserve = (
         f", {report['reserve_bytes'] / GB:.1f} of it kept for driver and desktop" if report["reserve_bytes"] else ""
     )

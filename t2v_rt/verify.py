@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.backends import get_backend
+from t2v_rt.engines.backends import get_backend, load_parts
 from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.runtime import self_test
 
@@ -34,8 +34,8 @@ def verify(
     engines = get_backend(backend or manifest.backend, provider=provider, threads=threads)
     verdicts = []
     for name, spec in manifest.components.items():
-        with engines.load(bundle.folder, name, spec) as component:
-            verdicts.append(self_test.check(name, component, manifest, bundle.folder))
+        parts = load_parts(engines, bundle.folder, name, spec)
+        verdicts.append(self_test.check(name, parts, manifest, bundle.folder))
     return {
         "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,

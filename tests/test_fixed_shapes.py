@@ -42,21 +42,23 @@ def fixed(narrow: Tiny, half: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     configs, model = wan.read_configs(checkpoint), half.manifest.model
     profiles = parse_profiles(HEIGHT, WIDTH, FRAMES, (0, 0, 0))
     tiles = with_grids(configs.vae.tiles, model, profiles)
-    ranges = component_ranges(model, profiles, tiles)
+    ranges = component_ranges(model, profiles, tiles, configs.roles("text_encoder"))
     forms = component_forms(model, ranges, configs.transformer.ffn_dim, float32_matmul=True)
-    components = {}
-    for name in wan.COMPONENTS:
+    components = dict(half.manifest.components)
+    for name in ("transformer", "vae_decoder"):
         spec = wan.export_component(name, checkpoint, configs, folder, "fp16", forms[name])
         graphs = {
             role: replace(graph, plan=PlanSpec(tuple(PlanProfile(sizes, 1) for sizes in ranges[name][role]), 1, True))
             for role, graph in spec.graphs.items()
         }
         components[name] = replace(spec, graphs=graphs, tiles=tiles if spec.tiles else None)
-        reference = tmp_path_factory.mktemp("reference")
-        plain = wan.export_component(name, checkpoint, configs, reference, "fp32")
+        reference = narrow.bundle  # at fp32
+        plain = open_bundle(reference).manifest.components[name]
         with get_backend("onnxruntime").load(reference, name, plain) as loaded:
-            self_test.record(name, loaded, model, components[name], folder)
-    shutil.copytree(half.folder / "tokenizer", folder / "tokenizer")
+            self_test.record(name, self_test.run_calls(name, loaded, model, components[name]), folder)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(half.folder / part, folder / part)
+    shutil.copy(half.folder / self_test.FOLDER / "text_encoder.npz", folder / self_test.FOLDER)
     write_manifest(folder, replace(half.manifest, components=components, profiles=profiles, files={}))
     return open_bundle(folder)
 
@@ -102,7 +104,7 @@ def test_the_self_test_tells_a_right_engine_from_a_wrong_one(fixed: Bundle, tmp_
     assert all(0 < item["error"] < 1e-2 for item in report["components"].values())
     folder = tmp_path / "wrong"
     shutil.copytree(fixed.folder, folder)
-    for path in folder.rglob("weights.data"):
+    for path in folder.rglob("*.data"):
         values = np.fromfile(path, np.float16)  # what is float32 changes too, by another factor
         ordinary = np.isfinite(values) & (np.abs(values) < 2) & (np.abs(values) > 1e-3)
         values[ordinary] *= np.float16(1.1)

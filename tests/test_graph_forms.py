@@ -27,8 +27,10 @@ FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
 def export(tiny: Tiny, name: str, folder: Path, form: Form, precision: Precision) -> Path:
     folder.mkdir()
     checkpoint = open_checkpoint(tiny.checkpoint)
-    spec = wan.export_component(name, checkpoint, wan.read_configs(checkpoint), folder, precision, {"model": form})
-    return folder / spec.graphs["model"].path
+    configs = wan.read_configs(checkpoint)
+    (role,) = configs.roles(name)
+    spec = wan.export_component(name, checkpoint, configs, folder, precision, {role: form})
+    return folder / spec.graphs[role].path
 
 
 def run(path: Path, feeds: dict[str, NDArray[Any]]) -> NDArray[Any]:
@@ -73,7 +75,9 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_text_encoder_without_float32_matrices(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
-    feeds = {"input_ids": np.array([[5, 6, 7, 1]]), "relative_buckets": relative_buckets(4, 32, 128)}
+    width = wan.read_configs(open_checkpoint(tiny.checkpoint)).text_encoder.dim
+    hidden = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
+    feeds = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
     expected = run(export(tiny, "text_encoder", tmp_path / "plain", Form(), "fp32"), feeds)
     path = export(tiny, "text_encoder", tmp_path / "half", Form(float32_matmul=False), precision)
     assert relative(run(path, feeds), expected) < TOLERANCES[precision]

@@ -20,6 +20,7 @@ from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.plans import Range
 from t2v_rt.engines.tensorrt_builder import run_worker
 from t2v_rt.engines.tensorrt_library import DEFAULT_TARGETS, check_targets, load_library
+from t2v_rt.plan import plan
 from tests.conftest import Tiny
 from tests.test_graph_forms import FORBIDDEN
 
@@ -52,8 +53,9 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     assert [str(profile) for profile in manifest.profiles] == ["48x32, 5 frames"]
     files = sorted(path.relative_to(plans.folder).as_posix() for path in plans.folder.rglob("*") if path.is_file())
     graphs = {graph.path: graph for spec in manifest.components.values() for graph in spec.graphs.values()}
-    answers = [f"self_test/{name}.npz" for name in manifest.components]
-    assert files == sorted([*graphs, *answers, "bundle.json", "tokenizer/tokenizer.json"])
+    others = [f"self_test/{name}.npz" for name in manifest.components]
+    others += ["bundle.json", "tokenizer/tokenizer.json", "text_encoder/embedding.data"]
+    assert files == sorted([*graphs, *others])
     for path, graph in graphs.items():
         assert graph.plan is not None
         assert path in manifest.files
@@ -66,7 +68,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
             assert stat.S_IMODE((plans.folder / path).stat().st_mode) == 0o600
     nodes = {path: graph.plan.nodes.get("Attention", 0) for path, graph in graphs.items() if graph.plan is not None}
     assert nodes == {
-        "text_encoder/model.plan": 2,
+        "text_encoder/blocks_0.plan": 2,
         "transformer/model.plan": 4,
         "vae_decoder/head_first.plan": 1,
         "vae_decoder/head_next.plan": 1,
@@ -81,7 +83,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
         "height": Range.of(4),
         "width": Range.of(6),
     }
-    text = manifest.components["text_encoder"].graphs["model"].plan
+    text = manifest.components["text_encoder"].graphs["blocks_0"].plan
     assert text is not None
     assert text.profiles[0].sizes["length"] == Range(1, 64, 512)
     assert not text.fused_attention  # heads of 8, for which there is no kernel
@@ -118,6 +120,23 @@ def test_other_gpus_versions_and_sizes_are_another_build(
     monkeypatch.setattr("tensorrt_rtx.__version__", "0.0.0")
     with pytest.raises(RequestError, match="progress reached"):
         build_engines(narrow.checkpoint, tmp_path / "one", backend=RTX, gpus="sm75", progress=_stop)
+
+
+def test_the_text_encoder_in_several_plans(narrow: Tiny, tmp_path: Path) -> None:
+    found = {}
+    for gpu in ("sm75", "sm89"):
+        bundle = build_engines(narrow.checkpoint, tmp_path / gpu, backend=RTX, gpus=gpu, vram_budget="1MB")
+        spec = found[gpu] = bundle.manifest.components["text_encoder"]
+        assert list(spec.graphs) == ["blocks_0", "blocks_1"]
+        assert all(graph.plan is not None and graph.plan.nodes["Attention"] == 1 for graph in spec.graphs.values())
+        assert spec.weights_bytes == sum(graph.weights_bytes for graph in spec.graphs.values())
+        assert not (bundle.folder / "graphs").exists()
+        tight = plan(bundle.folder, vram_budget=1)["stages"][0]
+        assert tight["weights_bytes"] == max(graph.weights_bytes for graph in spec.graphs.values())
+        assert tight["context_bytes"] == max(
+            graph.plan.profiles[0].context_bytes for graph in spec.graphs.values() if graph.plan is not None
+        )
+    assert (found["sm75"].precision, found["sm89"].precision) == ("fp16", "bf16")  # Turing has no bfloat16
 
 
 def _stop(step: str, done: int, total: int) -> None:
