@@ -145,6 +145,11 @@ class OnnxRuntimeBackend:
         """Empty on the CPU, where bundles' answers were computed; else the provider and ONNX Runtime's version."""
         return "" if self.provider == "cpu" else f"{self.provider}, ONNX Runtime {ort.__version__}"
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """Not known: ONNX Runtime does not tell it."""
+        return None
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.manifest import ComponentSpec
 from t2v_rt.errors import BackendError
@@ -19,6 +20,11 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """GPU, driver and library, where they have to prove themselves before they are used; empty on the CPU."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of the device in all, where it has memory of its own; None where it is the machine's."""
         ...
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
@@ -41,10 +47,10 @@ def check_backend(name: str) -> str:
 
 
 def get_backend(name: str, *, provider: str = "cpu", threads: int | None = None) -> Backend:
-    """Makes a backend ready to load components.
+    """Makes ONNX Runtime ready to load components of any bundle.
 
     Args:
-        name: one of `BACKENDS`.
+        name: `onnxruntime`.
         provider: of ONNX Runtime: `cpu` or `cuda`.
         threads: per engine on the CPU; None for as many as there are cores.
 
@@ -52,7 +58,37 @@ def get_backend(name: str, *, provider: str = "cpu", threads: int | None = None)
         BackendError: unknown, not installed, or not usable on this machine.
     """
     if check_backend(name) != "onnxruntime":
-        raise BackendError(f"running engines of {name} is not available in this version; use onnxruntime")
+        raise BackendError(f"{name} runs the plans of a bundle; open one that was built for it")
     from t2v_rt.engines.backend_onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(provider, threads)
+
+
+def backend_of(
+    bundle: Bundle,
+    name: str | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    trust: bool = False,
+) -> Backend:
+    """Makes the backend ready that a bundle was built for.
+
+    Args:
+        bundle: the opened bundle.
+        name: must be the bundle's own; None takes that one.
+        provider: of ONNX Runtime: `cpu` or `cuda`.
+        threads: per engine on the CPU; None for as many as there are cores.
+        trust: whether plans may be run that were not built on this machine by this user.
+
+    Raises:
+        BackendError: unknown, not the bundle's, not installed, or not usable on this machine.
+    """
+    built_for = bundle.manifest.backend
+    if name is not None and check_backend(name) != built_for:
+        raise BackendError(f"{bundle.folder} was built for {built_for}, not {name}; build it for {name}")
+    if built_for == "onnxruntime":
+        return get_backend(built_for, provider=provider, threads=threads)
+    from t2v_rt.engines.backend_tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, trust)

@@ -42,18 +42,36 @@ def open_bundle(folder: str | Path) -> Bundle:
             is missing or not the one that was built.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    bundle = Bundle(folder, read_manifest(folder))
     stamps = Stamps(folder)
-    for path, entry in manifest.files.items():
-        file = folder / path
-        if not file.is_file():
-            raise BundleError(f"{folder}: {path} is missing; build the bundle again")
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"{folder}: {path} is a link that leaves the bundle; do not use a bundle like this")
-        if file.stat().st_size != entry.bytes or stamps.sha256(path) != entry.sha256:
-            raise BundleError(f"{folder}: {path} is not the file that was built (its hash differs); build it again")
+    for path in bundle.manifest.files:
+        check_file(bundle, path, stamps)
     stamps.save()
-    return Bundle(folder, manifest)
+    return bundle
+
+
+def check_file(bundle: Bundle, path: str, stamps: Stamps | None = None) -> FileEntry:
+    """Checks one file of a bundle against the manifest.
+
+    Args:
+        bundle: whose file it is.
+        path: inside it.
+        stamps: of the bundle; None for those of the user's cache.
+
+    Returns:
+        What the manifest says of the file.
+
+    Raises:
+        BundleError: it is missing, leaves the bundle, or is not the one that was built.
+    """
+    folder, entry, file = bundle.folder, bundle.manifest.files[path], bundle.folder / path
+    if not file.is_file():
+        raise BundleError(f"{folder}: {path} is missing; build the bundle again")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: {path} is a link that leaves the bundle; do not use a bundle like this")
+    if file.stat().st_size != entry.bytes or (stamps or Stamps(folder)).sha256(path) != entry.sha256:
+        raise BundleError(f"{folder}: {path} is not the file that was built (its hash differs); build it again")
+    return entry
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,12 +6,14 @@ What differs is here: the module, and whether it builds for named GPUs without h
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2v_rt.errors import BackendError
 
+logger = logging.getLogger(__name__)
 MODULES: Mapping[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 RTX = "tensorrt-rtx"
 # GPUs that TensorRT-RTX builds for by name, and what they are
@@ -54,6 +56,31 @@ class Library:
             for i, target in enumerate(targets):
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), i)
         return config
+
+    def create_context(self, engine: Any, kernels: bytes | None, graphs: bool) -> tuple[Any, Any]:
+        """An execution context whose memory the caller gives it.
+
+        Args:
+            engine: deserialised.
+            kernels: kept from an earlier context, or None.
+            graphs: whether calls are recorded as CUDA graphs; for shapes and addresses that do not change.
+
+        Returns:
+            The context, None where it cannot be made; and the cache of the kernels that are compiled for it, None where
+            plans come compiled.
+        """
+        own = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.backend != RTX:
+            return engine.create_execution_context(own), None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(own)
+        strategies = self.trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+        cache = config.create_runtime_cache()
+        if kernels is not None and not cache.deserialize(kernels):
+            logger.debug("kernels of another driver or library are compiled again")
+        config.set_runtime_cache(cache)
+        return engine.create_execution_context(config), cache
 
 
 def load_library(backend: str) -> Library:

@@ -1,4 +1,7 @@
-"""Which bundles of plans this user built on this machine: plans are executable code, so no others are reused."""
+"""Which bundles of plans this user built on this machine.
+
+Plans are executable code: no others are reused, or run without the user saying so.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.manifest import MANIFEST_NAME
+from t2v_rt.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,19 @@ def remember_built(folder: Path) -> None:
 def built_here(folder: Path) -> bool:
     """Whether a bundle is, to the last byte of its manifest, one that was built here."""
     return _note(folder).is_file()
+
+
+def check_trust(folder: Path, trust: bool) -> None:
+    """Refuses a bundle of plans from elsewhere unless the user trusts it.
+
+    Raises:
+        BackendError: not built here, and not trusted.
+    """
+    if not trust and not built_here(folder):
+        raise BackendError(
+            f"{folder} was not built on this machine by you, and plans are native code; build it here, or, where you "
+            "trust its origin, say so with --trust (trust=True)"
+        )
 
 
 def _note(folder: Path) -> Path:

@@ -87,23 +87,25 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
 
-    def check(self, available: int, what: str) -> None:
-        """Refuses a request that cannot fit.
+    @property
+    def least_bytes(self) -> int:
+        """What the largest stage takes when nothing else is kept loaded, the reserve included."""
+        return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
+
+    def refusal(self, room: int, what: str, largest: Mapping[str, int] | None) -> str:
+        """Says that a request does not fit.
 
         Args:
-            available: bytes.
-            what: they are, for the message.
-
-        Raises:
-            RequestError: the stage that takes most takes more than that.
+            room: bytes that there are.
+            what: they are.
+            largest: of `largest_fitting`.
         """
-        worst = max(self.stages, key=lambda stage: stage.total_bytes)
-        needed = worst.total_bytes + self.reserve_bytes
-        if needed > available:
-            raise RequestError(
-                f"this request needs about {needed / 1e9:.1f} GB in {worst.name}, {what} is "
-                f"{available / 1e9:.1f} GB; ask for fewer frames or a smaller size"
-            )
+        worst = max(self.stages, key=lambda stage: stage.total_bytes).name
+        advice = "no video of this model fits"
+        if largest is not None:
+            advice = f"{largest['width']}x{largest['height']} with {largest['num_frames']} frames would fit (an estimate)"
+        needed = f"{self.least_bytes / 1e9:.1f} GB in {worst}"
+        return f"this request needs about {needed}, {what} is {room / 1e9:.1f} GB; {advice}"
 
 
 def parse_bytes(text: str | int) -> int:

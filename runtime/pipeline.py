@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines import platform
-from t2v_rt.engines.backends import Backend, check_backend, get_backend
+from t2v_rt.engines.backends import Backend, backend_of, check_backend
 from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import BackendError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
-from t2v_rt.runtime.memory_plan import MemoryPlan, on_card, parse_bytes
+from t2v_rt.runtime.memory_plan import MemoryPlan, largest_fitting, on_card, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
@@ -43,7 +43,7 @@ class TextToVideoPipeline:
     Args:
         bundle: the opened bundle.
         backend: loads its engines.
-        vram_budget: bytes the engines may take together, or None.
+        vram_budget: bytes the engines may take together; None for all that the device has of its own.
         provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
@@ -61,8 +61,8 @@ class TextToVideoPipeline:
         self.provider = provider
         manifest = bundle.manifest
         self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
-        self.vram_budget = vram_budget
-        self.stages = Stages(bundle, backend, vram_budget, vae_tiles)
+        self.vram_budget = backend.memory_bytes if vram_budget is None else vram_budget
+        self.stages = Stages(bundle, backend, self.vram_budget, vae_tiles)
 
     @classmethod
     def from_pretrained(
@@ -74,17 +74,19 @@ class TextToVideoPipeline:
         provider: str = "cpu",
         threads: int | None = None,
         vae_tiles: str | Sequence[int] | None = None,
+        trust: bool = False,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
         Args:
             bundle_dir: the directory that build-engines wrote.
             backend: must be the one the bundle was built for; None takes that one.
-            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit.
+            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
             provider: of ONNX Runtime, `cpu` or `cuda`.
             threads: per engine on the CPU; None for as many as there are cores.
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
+            trust: whether plans may be run that were not built on this machine by this user; they are native code.
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
@@ -94,12 +96,10 @@ class TextToVideoPipeline:
         if backend is not None:
             check_backend(backend)
         bundle = open_bundle(bundle_dir)
-        built_for = bundle.manifest.backend
-        if backend not in (None, built_for):
-            raise BackendError(f"{bundle_dir} was built for {built_for}, not {backend}; build it for {backend}")
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
-        return cls(bundle, get_backend(built_for, provider=provider, threads=threads), budget, provider, grid)
+        engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
+        return cls(bundle, engines, budget, provider, grid)
 
     @property
     def manifest(self) -> Manifest:
@@ -286,12 +286,17 @@ class TextToVideoPipeline:
         """Refuses a request that cannot fit, before anything is allocated; `kept_frames` are held at once.
 
         Raises:
-            RequestError: more is needed than there is, or than the budget allows.
+            RequestError: more is needed than there is, or than the budget allows; names the largest video that fits.
         """
-        self.plan(request, kept_frames).check(platform.available_memory_bytes(), "the memory available")
         plan = self.plan(request)
-        if self.vram_budget is not None:
-            plan.check(self.vram_budget, "the budget")
+        checks = [] if self.vram_budget is None else [(plan, self.vram_budget, "the budget")]
+        if not on_card(self.manifest):
+            available = platform.available_memory_bytes()
+            checks.insert(0, (self.plan(request, kept_frames), available, "the memory available"))
+        for needs, room, what in checks:
+            if needs.least_bytes > room:
+                size = request.height, request.width, request.num_frames
+                raise RequestError(needs.refusal(room, what, largest_fitting(self.manifest, *size, room)))
         self.stages.follow(plan)
 
     def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.backends import get_backend, load_parts
+from t2v_rt.engines.backends import backend_of, load_parts
 from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.runtime import self_test
 
 
 def verify(
-    folder: str | Path, backend: str | None = None, *, provider: str = "cpu", threads: int | None = None
+    folder: str | Path, backend: str | None = None, *, provider: str = "cpu", threads: int | None = None, trust: bool = False
 ) -> dict[str, Any]:
     """Runs the self-test of every component.
 
@@ -20,6 +20,7 @@ def verify(
         backend: must be the bundle's; None takes that one.
         provider: of ONNX Runtime.
         threads: per engine.
+        trust: whether plans from elsewhere may be run.
 
     Returns:
         `passed`, and for each component its error, tolerance and verdict.
@@ -31,7 +32,7 @@ def verify(
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    engines = get_backend(backend or manifest.backend, provider=provider, threads=threads)
+    engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
     verdicts = []
     for name, spec in manifest.components.items():
         parts = load_parts(engines, bundle.folder, name, spec)

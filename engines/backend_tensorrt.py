@@ -1,0 +1,413 @@
+"""TensorRT and TensorRT for RTX as backends: plans of a bundle, run on a GPU.
+
+What is sure without a GPU is checked first: the library's version, where the plans come from, the files themselves, the
+shapes. Then the GPU. Plans are native code, so nothing of a file is used before its hash was compared.
+
+One GPU stream and one workspace serve all engines of a pipeline, which run one at a time: the workspace is as large as
+the largest context that was needed so far. Kernels that TensorRT for RTX compiles at the first use are kept in the
+user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.bundle import Bundle, check_file
+from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
+from t2v_rt.engines.cuda import Cuda, DeviceBuffer
+from t2v_rt.engines.device_state import DeviceState, StateGroup, new_states
+from t2v_rt.engines.manifest import ComponentSpec, GraphSpec, Manifest
+from t2v_rt.engines.plans import nearest_profile
+from t2v_rt.engines.tensorrt_library import Library, load_library
+from t2v_rt.engines.trust import check_trust
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+ALIGNMENT = 256  # bytes, of addresses that tensors are at
+
+
+def check_version(manifest: Manifest, library: Library) -> None:
+    """Refuses plans of another version than the library's, which could not read them.
+
+    Raises:
+        BackendError: says how to build them again.
+    """
+    built = manifest.builder.get(library.backend)
+    if built != library.version:
+        raise BackendError(
+            f"the plans were built by {library.backend} {built}, {library.version} is installed; build them again with "
+            f"t2v-rt build-engines … --backend {library.backend}, or install {library.backend}=={built}"
+        )
+
+
+def check_target(manifest: Manifest, target: str, gpu: str) -> None:
+    """Refuses a GPU that the plans were not built for.
+
+    Args:
+        manifest: of the bundle.
+        target: of the GPU, such as `sm89`.
+        gpu: its name.
+
+    Raises:
+        BackendError: says how to build them for it.
+    """
+    if manifest.targets and target not in manifest.targets:
+        raise BackendError(
+            f"the plans were built for {', '.join(manifest.targets)}, {gpu} is {target}; build them for it with "
+            f"t2v-rt build-engines … --gpu {target}"
+        )
+
+
+def choose_profile(spec: GraphSpec, sizes: Mapping[str, int], name: str) -> int:
+    """The shape profile of a plan that holds a call's sizes.
+
+    Args:
+        spec: of the plan.
+        sizes: symbol -> size.
+        name: of the engine.
+
+    Raises:
+        EngineError: none does; names the nearest sizes that one does hold.
+    """
+    assert spec.plan is not None
+    ranges = [profile.sizes for profile in spec.plan.profiles]
+    wanted = {symbol: sizes[symbol] for symbol in ranges[0]}
+    index, nearest = nearest_profile(ranges, wanted)
+    if nearest != wanted:
+        found, best = (", ".join(f"{key} {size}" for key, size in item.items()) for item in (wanted, nearest))
+        raise EngineError(f"{name}: called with {found}; the nearest that the plan was built for is {best}")
+    return index
+
+
+def make_log(trt: Any) -> Any:
+    """A logger for the library that keeps its errors."""
+
+    class RuntimeLog(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(msg)
+            else:
+                logger.debug("%s", msg)
+
+        def take(self) -> str:
+            """The first error since it was last asked."""
+            errors, self.errors = self.errors, []
+            return " ".join(errors[0].split())[:300] if errors else "it gave no reason"
+
+    return RuntimeLog()
+
+
+class Card:
+    """A GPU with what all engines on it share: the library's runtime, a lock, a workspace.
+
+    Args:
+        library: that runs the plans.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.cuda = Cuda(library.backend)
+        self.lock = threading.RLock()
+        self.log = make_log(library.trt)
+        self.runtime = library.trt.Runtime(self.log)
+        self.runtime.engine_host_code_allowed = False
+        self._workspace: DeviceBuffer | None = None
+
+    @property
+    def identity(self) -> str:
+        """GPU, driver and library: whatever may change what an engine computes."""
+        info = self.cuda.info
+        return f"{info.name}, CUDA driver {info.driver}, {self.library.backend} {self.library.version}"
+
+    def workspace(self, nbytes: int) -> DeviceBuffer:
+        """Memory that one engine at a time works in; it only grows."""
+        if self._workspace is None or self._workspace.nbytes < nbytes:
+            self.release_workspace()
+            self._workspace = self.cuda.allocate(nbytes)
+        return self._workspace
+
+    def release_workspace(self) -> None:
+        """Gives the workspace back; the next call takes a new one."""
+        self.cuda.synchronize()
+        self._workspace = None
+
+    def failure(self, what: str) -> EngineError:
+        """The error of a call that the library said no to, with its reason."""
+        reason = self.log.take()
+        kind = OutOfMemoryError if "out of memory" in reason.lower() or "OutOfMemory" in reason else EngineError
+        return kind(f"{what}: {self.library.backend} failed: {reason}")
+
+
+class KernelCache:
+    """Kernels that were compiled for one plan on one GPU, kept in the user's cache; without it the first call is slow.
+
+    Args:
+        key: of the plan, the GPU, its driver and the library.
+    """
+
+    def __init__(self, key: str) -> None:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.path = platform.cache_dir() / "kernels" / f"{digest}.bin"
+
+    def read(self) -> bytes | None:
+        """What was kept, or None."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        """Keeps kernels, in a file of the user's own, whole or not at all; a cache that cannot be written is told."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = platform.temporary_sibling(self.path)
+            with platform.create_private(temporary) as stream:
+                stream.write(content)
+            platform.replace_file(temporary, self.path)
+        except OSError as exc:
+            logger.info("compiled kernels are not kept: %s", exc)
+
+
+class TensorRTEngine(Engine):
+    """One plan, deserialised; its context is made at the first call.
+
+    Args:
+        name: component and role.
+        spec: of the plan.
+        engine: the library's.
+        card: that it is on.
+        cache: of its kernels.
+    """
+
+    def __init__(self, name: str, spec: GraphSpec, engine: Any, card: Card, cache: KernelCache) -> None:
+        super().__init__(name, spec)
+        self._engine, self._card, self._cache = engine, card, cache
+        self._context: Any = None
+        self._kernels: Any = None
+        self._kept: bytes | None = None
+        self._profile = -1
+        self._device: dict[str, DeviceBuffer] = {}
+        self._host: dict[str, NDArray[Any]] = {}
+        self._sticky: dict[str, list[tuple[weakref.ref[NDArray[Any]], DeviceBuffer]]] = {}
+
+    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            spec.check(feeds[spec.name], sizes, self.name)
+        profile = choose_profile(self.spec, sizes, self.name)
+        with self._card.lock:
+            if self._engine is None:
+                raise EngineError(f"{self.name}: the engine is closed; open the component again")
+            self._card.cuda.activate()
+            self._prepare(profile)
+            for spec in self.inputs:
+                self._bind_input(spec.name, feeds[spec.name])
+            if isinstance(state, DeviceState):
+                self._bind_state(state)
+            for spec in self.outputs:
+                self._bind_output(spec.name, spec.resolve(sizes), spec.numpy_dtype)
+            if not self._context.execute_async_v3(self._card.cuda.stream):
+                raise self._card.failure(self.name)
+            for spec in self.outputs:
+                self._card.cuda.download(self._device[spec.name], self._host[spec.name])
+            self._card.cuda.synchronize()
+            if isinstance(state, DeviceState):
+                state.rotate(self.states)
+            self._keep_kernels()
+            return {spec.name: self._host[spec.name].copy() for spec in self.outputs}
+
+    # -- before the call ---------------------------------------------------------------------------------------------
+
+    def _prepare(self, profile: int) -> None:
+        """Makes the context at the first call, gives it the workspace, and switches to a profile."""
+        assert self.spec.plan is not None
+        needed = int(self._engine.get_device_memory_size_for_profile_v2(profile))
+        workspace = self._card.workspace(needed)
+        if self._context is None:
+            fixed = all(size.fixed for item in self.spec.plan.profiles for size in item.sizes.values())
+            graphs = fixed and not self.states  # states change their buffers from call to call
+            self._kept = self._cache.read()
+            self._context, self._kernels = self._card.library.create_context(self._engine, self._kept, graphs)
+            if self._context is None:
+                raise self._card.failure(self.name)
+        self._context.set_device_memory(workspace.address, workspace.nbytes)
+        if profile != self._profile:
+            if not self._context.set_optimization_profile_async(profile, self._card.cuda.stream):
+                raise self._card.failure(self.name)
+            self._card.cuda.synchronize()
+            self._profile = profile
+
+    def _bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
+        context = self._context
+        if shape is not None and not context.set_input_shape(name, tuple(shape)):
+            raise self._card.failure(f"{self.name}: shape {list(shape)} of {name}")
+        if not context.set_tensor_address(name, address):
+            raise self._card.failure(f"{self.name}: {name}")
+
+    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
+        cuda, buffer = self._card.cuda, self._buffer(name, array.nbytes)
+        if array.flags.writeable:
+            cuda.upload(self._staged(name, array), buffer)
+        else:
+            cuda.copy(self._on_device(name, array), buffer, array.nbytes)
+        self._bind(name, buffer.address, array.shape)
+
+    def _on_device(self, name: str, array: NDArray[Any]) -> DeviceBuffer:
+        """A read-only array's copy on the device, made once as long as the array lives."""
+        known = [(ref, buffer) for ref, buffer in self._sticky.get(name, []) if ref() is not None]
+        for ref, buffer in known:
+            if ref() is array:
+                return buffer
+        buffer = self._card.cuda.allocate(array.nbytes)
+        self._card.cuda.upload(self._staged(name, array), buffer)
+        self._sticky[name] = [*known, (weakref.ref(array), buffer)]
+        return buffer
+
+    def _bind_state(self, state: DeviceState[DeviceBuffer]) -> None:
+        current = state.group.bring(state)
+        for item in self.states:
+            if item.input is not None:
+                self._bind(item.input, current[item.tensor.name].address, item.tensor.resolve(state.sizes))
+            if item.output is not None:
+                self._bind(item.output, state.group.spare[item.tensor.name].address)
+
+    def _bind_output(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        array = self._host.get(name)
+        if array is None or array.shape != shape:
+            self._host[name] = array = self._card.cuda.host_array(shape, dtype)
+        self._bind(name, self._buffer(name, array.nbytes).address)
+
+    def _buffer(self, name: str, nbytes: int) -> DeviceBuffer:
+        """The device memory of an input or output; its address stays as long as it is large enough."""
+        if name not in self._device or self._device[name].nbytes < nbytes:
+            self._device.pop(name, None)
+            self._device[name] = self._card.cuda.allocate(nbytes)
+        return self._device[name]
+
+    def _staged(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """The array in pinned memory; what was staged there before is on the device, since each call waits."""
+        pinned = self._host.get(name)
+        if pinned is None or pinned.shape != array.shape:
+            self._host[name] = pinned = self._card.cuda.host_array(array.shape, array.dtype)
+        np.copyto(pinned, array)
+        return pinned
+
+    # -- after it ----------------------------------------------------------------------------------------------------
+
+    def _keep_kernels(self) -> None:
+        """Keeps what the library has compiled since the last time."""
+        if self._kernels is None:
+            return
+        with self._kernels.serialize() as memory:
+            content = bytes(memory)
+        if content != self._kept:
+            self._cache.write(content)
+            self._kept = content
+
+    def close(self) -> None:
+        with self._card.lock:
+            if self._engine is None:
+                return
+            self._card.cuda.activate()
+            self._card.release_workspace()
+            self._context = self._kernels = self._engine = None
+            self._device, self._host, self._sticky = {}, {}, {}
+
+
+class TensorRTComponent(Component):
+    """A component whose engines are plans.
+
+    Args:
+        name: of the component.
+        spec: from the manifest.
+        engines: role -> engine.
+        card: that they are on.
+    """
+
+    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, Engine], card: Card) -> None:
+        super().__init__(name, spec, engines)
+        self._card = card
+
+    def new_states(
+        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+    ) -> list[DeviceState[DeviceBuffer]]:
+        sizes = {"height": height, "width": width}
+        with self._card.lock:
+            self._card.cuda.activate()
+            group = StateGroup(self._card.cuda, self.states(part), self.written(part), sizes, count, resident)
+            return new_states(group, count)
+
+
+class TensorRTBackend:
+    """Loads plans of one bundle.
+
+    Args:
+        bundle: the opened bundle.
+        trust: whether a bundle from elsewhere may be used: its plans are native code.
+
+    Raises:
+        BackendError: the library is missing or of another version, the bundle is from elsewhere, or there is no GPU
+            that its plans can run on.
+    """
+
+    def __init__(self, bundle: Bundle, trust: bool = False) -> None:
+        self._bundle = bundle
+        library = load_library(bundle.manifest.backend)
+        check_version(bundle.manifest, library)
+        check_trust(bundle.folder, trust)
+        self._card = Card(library)
+        info = self._card.cuda.info
+        check_target(bundle.manifest, info.target, info.name)
+
+    @property
+    def device(self) -> str:
+        return self._card.identity
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return self._card.cuda.info.memory_bytes
+
+    def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
+        """Loads the engines of a component.
+
+        Args:
+            folder: of the bundle.
+            name: of the component.
+            spec: from the manifest, of all or a part of it.
+
+        Raises:
+            BundleError: a plan is not the file that was built.
+            EngineError: the library cannot load a plan.
+        """
+        engines: dict[str, Engine] = {}
+        with self._card.lock:
+            self._card.cuda.activate()
+            for role, graph in spec.graphs.items():
+                label = name if role == "model" else f"{name}.{role}"
+                entry = check_file(self._bundle, graph.path)
+                cache = KernelCache(f"{entry.sha256}\n{self._card.identity}")
+                engine = self._deserialize(folder / graph.path, label)
+                engines[role] = TensorRTEngine(label, graph, engine, self._card, cache)
+        return TensorRTComponent(name, spec, engines, self._card)
+
+    def _deserialize(self, path: Path, label: str) -> Any:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = self._card.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise self._card.failure(f"{label}: {path.name} cannot be loaded")
+        return engine
