@@ -57,9 +57,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     for name, fields in report["components"].items():
         lines.append(f"{name}  {fields['weights_bytes'] / 1e6:.1f} MB of weights, {fields['precision']}")
         if (table := fields["embedding"]) is not None:
-            lines.append(
-                f"  embedding  {table['path']}, {table['dtype']}[{table['rows']}, {table['columns']}], on the host"
-            )
+            size = f"{table['dtype']}[{table['rows']}, {table['columns']}]"
+            lines.append(f"  embedding  {table['path']}, {size}, on the host")
         for role, raw in fields["graphs"].items():
             lines += _describe_graph(role, GraphSpec.from_json(raw), report["nodes"].get(raw["path"], {}))
     return lines
