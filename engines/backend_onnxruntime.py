@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
-from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
+from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 
@@ -164,13 +164,24 @@ class OnnxRuntimeBackend:
         engines: dict[str, Engine] = {}
         for role, graph in spec.graphs.items():
             label = name if role == "model" else f"{name}.{role}"
-            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label))
+            packed = not role.startswith(BLOCKS)
+            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label, packed))
         component = OrtComponent(name, spec, engines)
         component.device = self.provider
         return component
 
-    def _session(self, path: Path, label: str) -> ort.InferenceSession:
+    def _session(self, path: Path, label: str, packed: bool) -> ort.InferenceSession:
+        """Loads a graph.
+
+        Args:
+            path: of the graph.
+            label: named in errors.
+            packed: whether its matrices are copied in the order that multiplying them is fastest in. Engines that run a
+                few times only are not worth it: they use their weights where they are mapped from the file.
+        """
         options = ort.SessionOptions()
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = self.threads or 0
         options.inter_op_num_threads = 1

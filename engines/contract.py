@@ -2,6 +2,7 @@
 
 - An engine holds nothing of a request: two threads may call one engine at the same time, each with its own state.
 - Feeds are C-contiguous NumPy arrays of exactly the declared dtypes and shapes; they are read, never kept or changed.
+  A read-only one (`flags.writeable` is False) must stay as it is for as long as it lives: a device may keep its copy.
 - Outputs are NumPy arrays that belong to the caller and stay valid after the next call and after `close()`.
 - State is made by the component, owned by the caller (one per video, one per tile), kept on the device between calls
   and shared by the component's engines. If a call fails, the state it was given must not be used again.

@@ -89,6 +89,29 @@ class VideoProfile:
         return cls(*(Range.from_json(fields[name]) for name in ("height", "width", "num_frames")))
 
 
+def check_profiles(profiles: Sequence[VideoProfile], height: int, width: int, num_frames: int) -> None:
+    """Refuses a video that plans were not built for; without profiles any will do.
+
+    Args:
+        profiles: of the bundle.
+        height: in pixels.
+        width: likewise.
+        num_frames: of the video.
+
+    Raises:
+        RequestError: names the nearest that they make.
+    """
+    if not profiles:
+        return
+    wanted = {"height": height, "width": width, "num_frames": num_frames}
+    _, best = nearest_profile([vars(profile) for profile in profiles], wanted)
+    if best != wanted:
+        raise RequestError(
+            f"the plans were not built for {width}x{height} with {num_frames} frames; the nearest video they make is "
+            f"{best['width']}x{best['height']} with {best['num_frames']} frames"
+        )
+
+
 Sizes = int | str | None
 
 

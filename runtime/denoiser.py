@@ -30,7 +30,7 @@ class Prompts:
     def __init__(self, embeds: Array, negative_embeds: Array | None) -> None:
         self.embeds = embeds
         self.negative_embeds = negative_embeds
-        self.given = (embeds,) if negative_embeds is None else (embeds, negative_embeds)
+        self.given = tuple(_fixed(item) for item in (embeds, negative_embeds) if item is not None)
         self.contexts = tuple(wan.text_context(item) for item in self.given)
         self.both = joined(self.contexts)
 
@@ -99,6 +99,13 @@ class Denoiser:
         }
         prediction: Array = self._engine.infer(feeds)["noise_pred"]
         return prediction
+
+
+def _fixed(array: Array) -> Array:
+    """A read-only copy, which a device may keep from step to step."""
+    result = array.copy()
+    result.flags.writeable = False
+    return result
 
 
 def one_batch_is_faster(provider: str, tokens: int) -> bool:

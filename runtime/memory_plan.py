@@ -103,7 +103,9 @@ class MemoryPlan:
         worst = max(self.stages, key=lambda stage: stage.total_bytes).name
         advice = "no video of this model fits"
         if largest is not None:
-            advice = f"{largest['width']}x{largest['height']} with {largest['num_frames']} frames would fit (an estimate)"
+            advice = (
+                f"{largest['width']}x{largest['height']} with {largest['num_frames']} frames would fit (an estimate)"
+            )
         needed = f"{self.least_bytes / 1e9:.1f} GB in {worst}"
         return f"this request needs about {needed}, {what} is {room / 1e9:.1f} GB; {advice}"
 

@@ -16,7 +16,8 @@ from t2v_rt.engines import platform
 from t2v_rt.engines.backends import Backend, backend_of, check_backend
 from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
-from t2v_rt.errors import BackendError, RequestError
+from t2v_rt.engines.plans import check_profiles
+from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
 from t2v_rt.runtime.memory_plan import MemoryPlan, largest_fitting, on_card, parse_bytes
@@ -286,8 +287,11 @@ class TextToVideoPipeline:
         """Refuses a request that cannot fit, before anything is allocated; `kept_frames` are held at once.
 
         Raises:
-            RequestError: more is needed than there is, or than the budget allows; names the largest video that fits.
+            RequestError: the engines were built for other sizes, or more is needed than there is or the budget allows;
+                names the nearest video that they make, or the largest that fits.
         """
+        size = request.height, request.width, request.num_frames
+        check_profiles(self.manifest.profiles, *size)
         plan = self.plan(request)
         checks = [] if self.vram_budget is None else [(plan, self.vram_budget, "the budget")]
         if not on_card(self.manifest):
@@ -295,7 +299,6 @@ class TextToVideoPipeline:
             checks.insert(0, (self.plan(request, kept_frames), available, "the memory available"))
         for needs, room, what in checks:
             if needs.least_bytes > room:
-                size = request.height, request.width, request.num_frames
                 raise RequestError(needs.refusal(room, what, largest_fitting(self.manifest, *size, room)))
         self.stages.follow(plan)
 

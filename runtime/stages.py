@@ -23,7 +23,7 @@ from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
 from t2v_rt.runtime.first_use import prove
 from t2v_rt.runtime.frame_decoder import FrameDecoder
-from t2v_rt.runtime.memory_plan import MemoryPlan, decode_ways, make_plan
+from t2v_rt.runtime.memory_plan import MemoryPlan, decode_ways, make_plan, on_card
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.tiles import Grid
 
@@ -54,9 +54,10 @@ class Stages:
         self._users: Counter[str] = Counter()  # stages that are using a component now
         self._lock = threading.Lock()
         model, components = self.manifest.model, self.manifest.components
-        self._room = platform.available_memory_bytes()
+        self._room = None if on_card(self.manifest) else platform.available_memory_bytes()
         self._keep = budget is None  # these two until a request's plan says more
-        self._stream = not self._keep or sum(spec.weights_bytes for spec in components.values()) > self._room
+        weights = sum(spec.weights_bytes for spec in components.values())
+        self._stream = not self._keep or (self._room is not None and weights > self._room)
         self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
         embedding = components["text_encoder"].embedding
         assert embedding is not None

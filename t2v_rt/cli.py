@@ -128,6 +128,7 @@ def _add_generate(commands: Any) -> None:
     add("--backend", help="must be the one that the bundle was built for")
     add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
     add("--threads", type=int, help="threads per engine; all cores where it is left out")
+    add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
     add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
     add("--vae-tiles", metavar="RxC", help="decode in so many tiles, such as 2x3; as few as fit where it is left out")
     add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
@@ -169,6 +170,7 @@ def _add_verify(commands: Any) -> None:
     add("--backend", help="must be the one that the bundle was built for")
     add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
     add("--threads", type=int, help="threads per engine; all cores where it is left out")
+    add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
 
 
 def run_build(options: argparse.Namespace) -> None:
@@ -249,7 +251,13 @@ def run_verify(options: argparse.Namespace) -> None:
     """`verify`; fails where a component does."""
     from t2v_rt.verify import verify
 
-    report = verify(options.bundle, options.backend, provider=options.provider, threads=options.threads)
+    report = verify(
+        options.bundle,
+        options.backend,
+        provider=options.provider,
+        threads=options.threads,
+        trust=options.trust,
+    )
     lines = [
         f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
         for name, item in report["components"].items()

@@ -138,6 +138,8 @@ def _tensorrt(name: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[s
     module, extra = EXTRAS[name]
     if util.find_spec(module) is None:
         return _verdict(f"the package {module} is not installed", f"install t2v-rt[{extra}]")
+    if util.find_spec("cuda") is None or util.find_spec("cuda.bindings") is None:
+        return _verdict("the package cuda-bindings is not installed", f"install t2v-rt[{extra}]")
     if not gpus:
         builds = "engines can be built here all the same" if name == "tensorrt-rtx" else "it builds on a GPU only"
         return _verdict(gpu_problem, builds)

@@ -47,6 +47,7 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         options.vram_budget,
         provider=options.provider,
         threads=options.threads,
+        trust=options.trust,
         vae_tiles=options.vae_tiles,
     )
     _set_scheduler(pipe, options)

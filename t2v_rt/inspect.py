@@ -55,7 +55,10 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         lines += [f"GPUs       {', '.join(report['targets'])}", f"built by   {built}"]
     lines += [f"videos     {VideoProfile.from_json(profile)}" for profile in report["profiles"]]
     for name, fields in report["components"].items():
-        lines.append(f"{name}  {fields['weights_bytes'] / 1e6:.1f} MB of weights")
+        lines.append(f"{name}  {fields['weights_bytes'] / 1e6:.1f} MB of weights, {fields['precision']}")
+        if (table := fields["embedding"]) is not None:
+            size = f"{table['dtype']}[{table['rows']}, {table['columns']}]"
+            lines.append(f"  embedding  {table['path']}, {size}, on the host")
         for role, raw in fields["graphs"].items():
             lines += _describe_graph(role, GraphSpec.from_json(raw), report["nodes"].get(raw["path"], {}))
     return lines

@@ -39,8 +39,8 @@ def plan(
         vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
 
     Returns:
-        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the size of
-        the request; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
+        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
+        request's size; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
 
     Raises:
         BundleError: the bundle cannot be used.

@@ -11,7 +11,12 @@ from t2v_rt.runtime import self_test
 
 
 def verify(
-    folder: str | Path, backend: str | None = None, *, provider: str = "cpu", threads: int | None = None, trust: bool = False
+    folder: str | Path,
+    backend: str | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Runs the self-test of every component.
 

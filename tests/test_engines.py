@@ -88,7 +88,7 @@ def test_feeds_are_checked(vae: Component) -> None:
 def test_unknown_backends_and_providers() -> None:
     with pytest.raises(BackendError, match="expected one of onnxruntime, tensorrt-rtx, tensorrt"):
         get_backend("openvino")
-    with pytest.raises(BackendError, match="not available"):
+    with pytest.raises(BackendError, match="tensorrt runs the plans of a bundle; open one that was built for it"):
         get_backend("tensorrt")
     with pytest.raises(BackendError, match="cuda"):
         get_backend("onnxruntime", provider="cuda")

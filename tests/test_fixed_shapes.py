@@ -117,5 +117,10 @@ def test_the_self_test_tells_a_right_engine_from_a_wrong_one(fixed: Bundle, tmp_
 
 def test_other_sizes_are_refused(fixed: Bundle) -> None:
     pipe = TextToVideoPipeline.from_pretrained(fixed.folder)
-    with pytest.raises(EngineError):
+    with pytest.raises(RequestError, match="the nearest video they make is 96x64 with 5 frames"):
         pipe("a red ball", seed=1, height=64, width=64, num_frames=5)
+    embeds = np.zeros((1, 4, fixed.manifest.model.text_dim), np.float32)
+    with pytest.raises(
+        EngineError, match=r"encoder_hidden_states' is float32 \[1, 4, 24\]; expected float32 \[batch, 512"
+    ):
+        pipe(prompt_embeds=embeds, guidance_scale=1, **REQUEST)  # type: ignore[arg-type]

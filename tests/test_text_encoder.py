@@ -56,6 +56,7 @@ class Watched:
     names: list[str] = field(default_factory=list)
     most: int = 0
     device: str = ""
+    memory_bytes: int | None = None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component = self.backend.load(folder, name, spec)
