@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,35 +85,21 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(content)
 
 
-@contextmanager
-def new_bundle(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry]) -> Manifest:
+    """Writes the manifest with the size and hash of every file of the folder.
 
     Args:
-        target: where the bundle is to be; an older bundle there stays untouched until the new one is complete.
+        folder: of the bundle.
+        manifest: without files.
+        known: path -> size and hash of files that were hashed already.
 
-    Raises:
-        RequestError: the parent folder is missing or not writable.
-        BundleError: something other than a bundle is there already.
+    Returns:
+        The manifest as written.
     """
-    platform.check_writable_parent(target)
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and (target.is_file() or any(target.iterdir())):
-        raise BundleError(f"{target} exists and is not a bundle; give another output folder, or remove it")
-    temporary = platform.temporary_sibling(target)
-    try:
-        temporary.mkdir()
-        yield temporary
-        platform.replace_directory(temporary, target)
-    except BaseException:
-        platform.remove_tree(temporary)
-        raise
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hashes every file of the folder into the manifest and writes it; returns the manifest as written."""
     files: dict[str, FileEntry] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[file.relative_to(folder).as_posix()] = FileEntry(hash_file(file), file.stat().st_size)
+        path = file.relative_to(folder).as_posix()
+        files[path] = known.get(path) or FileEntry(hash_file(file), file.stat().st_size)
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False)
     (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -162,6 +147,11 @@ class Stamps:
         digest = known[3] if isinstance(known, list) and len(known) == 4 and known[:3] == times else hash_file(file)
         self._new[path] = [*times, digest]
         return str(digest)
+
+    def note(self, path: str, digest: str) -> None:
+        """Takes over the hash of a file that this process has just written."""
+        status = (self._folder / path).stat()
+        self._new[path] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest]
 
     def save(self) -> None:
         """Writes the stamp; a cache that cannot be written only costs the next opening its time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import secrets
@@ -10,8 +11,8 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -26,6 +27,69 @@ NAME_KEPT = 40  # characters of a name that its temporary sibling repeats; names
 def temporary_sibling(path: Path) -> Path:
     """A hidden name beside `path` that nothing else uses; nothing is created."""
     return path.parent / f".{path.name[:NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def lasting_sibling(path: Path) -> Path:
+    """A hidden name beside `path`, the same each time; nothing is created."""
+    digest = hashlib.sha256(path.name.encode()).hexdigest()[:8]  # long names may begin alike
+    return path.parent / f".{path.name[:NAME_KEPT]}.{digest}.building"
+
+
+def is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's and nobody else may write it; also where there is none.
+
+    On Windows it has the rights of its folder, which in a user's own folders are the user's.
+    """
+    if not os.path.lexists(path) or sys.platform == "win32":
+        return True
+    status = path.lstat()
+    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid == os.geteuid() and not others and not stat.S_ISLNK(status.st_mode)
+
+
+@contextmanager
+def locked(path: Path, reason: str) -> Iterator[None]:
+    """Holds a lock that ends with this process, however that ends.
+
+    Args:
+        path: of the lock file, which is removed afterwards.
+        reason: what it means that another process holds it.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    while True:
+        stream = path.open("ab")
+        if not _try_lock(stream):
+            stream.close()
+            raise RequestError(f"{reason}; wait for it to end")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                break
+        stream.close()  # its holder removed it after it was opened here
+    try:
+        yield
+    finally:
+        if sys.platform == "win32":  # where an open file cannot be removed
+            stream.close()
+        with suppress(OSError):
+            path.unlink()
+        stream.close()
+
+
+def _try_lock(stream: BinaryIO) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def replace_file(temporary: Path, target: Path) -> None:

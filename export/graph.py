@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from t2v_rt.engines.specs import DTYPES as BOUNDARY_DTYPES
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import RequestError
-from t2v_rt.export.weights import CheckpointWeights, WeightFile, WeightPlace
+from t2v_rt.export.weights import CheckpointWeights, Transform, WeightFile, WeightPlace
 
 OPSET = 23  # the first with Attention
 IR_VERSION = 11  # the one that goes with opset 23
@@ -28,7 +28,6 @@ DTYPES = {
 BAND = 64  # rows: a band of the widest matrix fits a core's cache
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS = ("fp32", "fp16")  # of a bundle; a component's may be bf16 where that is the better half precision
-Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 COMPUTE_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -144,9 +143,8 @@ class GraphWriter:
         if name not in self._initializers:
             place = self.store.places.get(name)
             if place is None:
-                array = self.weights.read(name, shape)
-                array = transform(array) if transform else array
-                place = self.store.put(name, array, self.compute_dtype if half else "float32")
+                dtype = self.compute_dtype if half else "float32"
+                place = self.store.add(name, self.weights, shape, transform, dtype)
             self.weights_bytes += place.length
             self._initializers[name] = _external(name, self.store.path.name, place)
         return name

@@ -10,7 +10,7 @@ from typing import Any
 from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, Defaults, EmbeddingSpec, GraphSpec, ModelSpec
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
-from t2v_rt.export.checkpoint import Checkpoint
+from t2v_rt.export.checkpoint import INDEX, Checkpoint, CheckpointConfigs
 from t2v_rt.export.graph import Form, GraphWriter, Precision
 from t2v_rt.export.wan_text_encoder import TextEncoderConfig, copy_embedding, write_blocks
 from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
@@ -82,16 +82,17 @@ class WanConfigs:
         return tuple((role,) for role in roles) if component == "text_encoder" else (roles,)
 
 
-def read_configs(checkpoint: Checkpoint, shard_bytes: int = SHARD_BYTES) -> WanConfigs:
-    """Reads and checks the configs; raises CheckpointError for an architecture this family does not cover."""
-    if checkpoint.pipeline != PIPELINE:
-        raise CheckpointError(
-            f"{checkpoint.folder}: model_index.json names the pipeline {checkpoint.pipeline!r}; supported: {PIPELINE}"
-        )
+def read_configs(configs: CheckpointConfigs, shard_bytes: int = SHARD_BYTES) -> WanConfigs:
+    """Checks the configs; raises CheckpointError for an architecture this family does not cover."""
+    pipeline, index = configs.index.get("_class_name"), configs.index
+    if pipeline != PIPELINE:
+        raise CheckpointError(f"{configs.origin}: {INDEX} names the pipeline {pipeline!r}; supported: {PIPELINE}")
+    if index.get("expand_timesteps") or any(index.get("transformer_2") or ()):
+        raise CheckpointError(f"{configs.origin}: {INDEX} is that of a Wan2.2 model; supported: Wan2.1 text-to-video")
     return WanConfigs(
-        TextEncoderConfig.from_config(checkpoint.configs["text_encoder"]),
-        TransformerConfig.from_config(checkpoint.configs["transformer"]),
-        VaeConfig.from_config(checkpoint.configs["vae"]),
+        TextEncoderConfig.from_config(configs.networks["text_encoder"]),
+        TransformerConfig.from_config(configs.networks["transformer"]),
+        VaeConfig.from_config(configs.networks["vae"]),
         shard_bytes,
     )
 
@@ -142,6 +143,7 @@ def export_component(
     precision: Precision,
     forms: Mapping[str, Form] | None = None,
     roles: Sequence[str] | None = None,
+    store_type: type[WeightFile] = WeightFile,
 ) -> ComponentSpec:
     """Writes graphs and weights of one component.
 
@@ -149,10 +151,11 @@ def export_component(
         name: one of `COMPONENTS`.
         checkpoint: the opened checkpoint.
         configs: from `read_configs`.
-        folder: of the bundle; a folder of the component's name is made in it.
+        folder: of the bundle; a folder of the component's name is made in it where there is none.
         precision: of matmul and convolution operands.
         forms: how the backend wants the graph of each role; None for ONNX Runtime's.
         roles: of the graphs to write; None for all.
+        store_type: `WeightSizes` leaves the weights out.
 
     Returns:
         What the manifest says of it, but for the table of the text encoder (see `export_embedding`).
@@ -162,7 +165,7 @@ def export_component(
     """
     weights = checkpoint.weights["vae" if name == "vae_decoder" else name]
     place = folder / name
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     graphs: dict[str, GraphSpec] = {}
 
     def writer(role: str, store: WeightFile) -> GraphWriter:
@@ -171,12 +174,12 @@ def export_component(
 
     if name == "text_encoder":  # whose engines share no weights, and are loaded one at a time: a file for each
         for role in roles or configs.roles(name):
-            with WeightFile(place / f"{role}.data") as store:
+            with store_type(place / f"{role}.data") as store:
                 g = writer(role, store)
                 write_blocks(g, configs.text_encoder, configs.text_blocks[role])
                 graphs[role] = _saved(g, store, role)
         return ComponentSpec(graphs, precision, sum(graph.weights_bytes for graph in graphs.values()))
-    with WeightFile(place / "weights.data") as store:
+    with store_type(place / "weights.data") as store:
         for role in roles or configs.roles(name):
             g = writer(role, store)
             states: Sequence[StateSpec] = ()

@@ -131,6 +131,11 @@ def write_blocks(g: GraphWriter, config: TextEncoderConfig, blocks: range) -> No
         g.output(hidden, TensorSpec("hidden_states_out", "float32", shape))
 
 
+def embedding_name(weights: CheckpointWeights) -> str:
+    """The tensor that is the table of token embeddings."""
+    return next((name for name in EMBEDDING if name in weights), EMBEDDING[-1])
+
+
 def copy_embedding(weights: CheckpointWeights, config: TextEncoderConfig, folder: Path, path: str) -> EmbeddingSpec:
     """Copies the table of token embeddings into a bundle, in the checkpoint's own dtype.
 
@@ -143,8 +148,7 @@ def copy_embedding(weights: CheckpointWeights, config: TextEncoderConfig, folder
     Raises:
         CheckpointError: the tensor is missing or has the wrong shape.
     """
-    name = next((name for name in EMBEDDING if name in weights), EMBEDDING[-1])
-    dtype = weights.copy(name, (config.vocab, config.dim), folder / path)
+    dtype = weights.copy(embedding_name(weights), (config.vocab, config.dim), folder / path)
     return EmbeddingSpec(path, dtype, config.vocab, config.dim)
 
 

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
-from t2v_rt.export.graph import GraphWriter, Transform, transpose
+from t2v_rt.export.graph import GraphWriter, transpose
+from t2v_rt.export.weights import Transform
 
 ROPE_THETA = 10000.0
 MAX_PERIOD = 10000.0  # of the sinusoidal time embedding

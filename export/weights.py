@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,9 +17,11 @@ from t2v_rt.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # the format's own limit on the JSON header, in bytes
 ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 COPIED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of a table copied as it is
 CHUNK = 1 << 24  # bytes of a copy at a time
+Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -34,28 +36,34 @@ class StoredTensor:
 
 
 class CheckpointWeights:
-    """The tensors of one component folder: a single safetensors file or shards with an index.
+    """The tensors of one network.
 
     Args:
-        folder: component folder, e.g. `checkpoint/transformer`.
-
-    Raises:
-        CheckpointError: no safetensors weights, pickled weights only, a truncated or damaged file, a missing shard,
-            or an index that names a tensor no shard has.
+        place: folder or file that they are in, for errors.
+        files: that hold them.
+        tensors: name -> place.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files, index = _weight_files(folder)
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in self.files:
-            self.tensors.update(read_header(file))
-        missing = sorted(set(index) - set(self.tensors))
+    def __init__(self, place: Path, files: Sequence[Path], tensors: Mapping[str, StoredTensor]) -> None:
+        self.place, self.files, self.tensors = place, files, tensors
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Opens a component folder, such as `checkpoint/vae`: a single safetensors file, or shards with an index.
+
+        Raises:
+            CheckpointError: no safetensors weights, pickled weights only, a truncated or damaged file, a missing shard,
+                or an index that names a tensor no shard has.
+        """
+        files, index = _weight_files(folder)
+        tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
+        missing = sorted(set(index) - set(tensors))
         if missing:
             raise CheckpointError(
                 f"{folder}: the index names {len(missing)} tensors that no shard holds, the first {missing[0]!r}; "
                 "download the shards again"
             )
+        return cls(folder, files, tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; raises CheckpointError where the checkpoint has none of that name."""
@@ -77,7 +85,7 @@ class CheckpointWeights:
         Raises:
             CheckpointError: the tensor is missing, has another shape, or is not a floating-point tensor.
         """
-        stored = self._checked(name, shape)
+        stored = self.check(name, shape)
         raw = np.fromfile(stored.file, np.uint8, prod(shape) * ITEM_BYTES[stored.dtype], offset=stored.offset)
         return _to_float32(raw, stored.dtype).reshape(shape)
 
@@ -95,7 +103,7 @@ class CheckpointWeights:
         Raises:
             CheckpointError: as for `read`.
         """
-        stored = self._checked(name, shape)
+        stored = self.check(name, shape)
         left = prod(shape) * ITEM_BYTES[stored.dtype]
         with stored.file.open("rb") as source, path.open("wb") as target:
             source.seek(stored.offset)
@@ -109,7 +117,13 @@ class CheckpointWeights:
                 )
         return COPIED_DTYPES[stored.dtype]
 
-    def _checked(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    def copied_bytes(self, name: str) -> int:
+        """Bytes of the file that `copy` writes; raises CheckpointError where the checkpoint has no such tensor."""
+        stored = self._find(name)
+        return prod(stored.shape) * STORED_BYTES[COPIED_DTYPES.get(stored.dtype, "float32")]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Where a tensor lies; raises CheckpointError as `read` does."""
         stored = self._find(name)
         if stored.shape != shape:
             raise CheckpointError(
@@ -126,9 +140,7 @@ class CheckpointWeights:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(
-                f"{self.folder}: tensor {name!r} is missing; expected a complete diffusers checkpoint"
-            ) from None
+            raise CheckpointError(f"{self.place}: tensor {name!r} is missing; expected a complete checkpoint") from None
 
 
 def _to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
@@ -252,6 +264,24 @@ class WeightFile:
         """Bytes of all weights, padding not counted."""
         return sum(place.length for place in self.places.values())
 
+    def add(
+        self, name: str, source: CheckpointWeights, shape: tuple[int, ...], transform: Transform | None, dtype: str
+    ) -> WeightPlace:
+        """Appends a tensor of the checkpoint.
+
+        Args:
+            name: in the checkpoint, and of the weight.
+            source: the checkpoint's tensors.
+            shape: in the checkpoint, checked.
+            transform: applied to the float32 tensor before it is stored.
+            dtype: to store it in, as for `put`.
+
+        Returns:
+            Its place.
+        """
+        array = source.read(name, shape)
+        return self.put(name, transform(array) if transform else array, dtype)
+
     def put(self, name: str, array: NDArray[np.float32], dtype: str) -> WeightPlace:
         """Appends a weight at the next page boundary, as `float32`, `float16` or `bfloat16`, and returns its place."""
         values: NDArray[Any] = np.ascontiguousarray(array)
@@ -269,3 +299,30 @@ class WeightFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+class WeightSizes(WeightFile):
+    """Takes weights as a file does and keeps their sizes alone: nothing is read or written.
+
+    Args:
+        path: the file that graphs name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, WeightPlace] = {}
+
+    def add(
+        self, name: str, source: CheckpointWeights, shape: tuple[int, ...], transform: Transform | None, dtype: str
+    ) -> WeightPlace:
+        """Notes a tensor of the checkpoint; raises as the file does for one that is missing or of another shape."""
+        source.check(name, shape)
+        like = np.broadcast_to(np.float32(0), shape)  # takes no memory
+        stored = transform(like).shape if transform else shape
+        self.places[name] = WeightPlace(0, prod(stored) * STORED_BYTES[dtype], dtype, stored)
+        return self.places[name]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return

@@ -42,20 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
-    except KeyboardInterrupt:
-        print("t2v-rt: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as exc:
+        print(f"t2v-rt: interrupted{_notes(exc)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except T2VError as exc:
-        print(f"t2v-rt: error: {exc}", file=sys.stderr)
+        print(f"t2v-rt: error: {exc}{_notes(exc)}", file=sys.stderr)
         return exc.exit_code
     except BrokenPipeError:
         return EXIT_FAILURE
     except Exception as exc:  # whatever else goes wrong is one line for the user; --verbose shows where
         if "--verbose" in arguments:
             raise
-        print(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}", file=sys.stderr)
+        print(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}{_notes(exc)}", file=sys.stderr)
         return EXIT_FAILURE
     return 0
+
+
+def _notes(error: BaseException) -> str:
+    """What was added to an error on its way up."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,10 +88,19 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 
 def _add_build(commands: Any) -> None:
-    text = "Export a checkpoint in diffusers layout (safetensors) and build its engines."
+    text = "Export a checkpoint (safetensors) and build its engines; an ended build goes on where it was."
     add = _command(commands, "build-engines", run_build, text, BUILD_EXAMPLE).add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="folder with model_index.json")
+    add(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="folder in diffusers layout, owner/name on the Hugging Face hub, or folder with a file per network",
+    )
     add("--output", required=True, metavar="BUNDLE", help="folder to write")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a checkpoint on the hub")
+    for network in ("transformer", "vae", "text-encoder"):
+        add(f"--{network}", metavar="FILE", help=f"single safetensors file instead of the checkpoint's {network}")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json, or its folder, likewise")
     add("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
     add("--precision", help="fp32 (default of onnxruntime) or fp16 (of the others)")
     add("--height", metavar="SIZE", help="of videos, in pixels; for plans also a range or several: 480:720, 480,832")
@@ -182,6 +196,8 @@ def run_build(options: argparse.Namespace) -> None:
         bundle = build_engines(
             options.checkpoint,
             options.output,
+            files=_files(options),
+            revision=options.revision,
             backend=options.backend,
             precision=options.precision,
             height=options.height,
@@ -203,6 +219,11 @@ def run_build(options: argparse.Namespace) -> None:
     }
     lines = [f"bundle   {bundle.folder} ({manifest.bundle_id})", f"engines  {manifest.backend}, {manifest.precision}"]
     show(options, report, [*lines, f"weights  {weights / 1e6:.1f} MB"])
+
+
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    names = ("transformer", "vae", "text_encoder", "tokenizer")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+Tell = Callable[[str, int, int], None]
+UNITS = 1000  # that a build is told in
+LAST = {"self_test": 0.1, "hash": 0.02, "done": 0.0}  # steps after the parts, as fractions of the time those take
+
+
+class Shares:
+    """Tells how much of a build is done: parts count by their bytes.
+
+    Args:
+        tell: called as `f(step, done, total)`, or None.
+        sizes: bytes of each part, in the order they are made.
+    """
+
+    def __init__(self, tell: Tell | None, sizes: Mapping[str, int]) -> None:
+        self._tell = tell
+        total = sum(sizes.values()) or 1
+        self._shares = {**{name: size / total for name, size in sizes.items()}, **LAST}
+
+    def __call__(self, name: str, fraction: float = 0.0) -> None:
+        """Tells that a fraction of a part or step is done, and everything before it."""
+        if self._tell is None:
+            return
+        names = list(self._shares)
+        before = sum(self._shares[other] for other in names[: names.index(name)])
+        done = (before + fraction * self._shares[name]) / sum(self._shares.values())
+        self._tell(name.partition(".")[0], round(UNITS * done), UNITS)
 
 
 class Bars:

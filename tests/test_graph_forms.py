@@ -27,7 +27,7 @@ FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
 def export(tiny: Tiny, name: str, folder: Path, form: Form, precision: Precision) -> Path:
     folder.mkdir()
     checkpoint = open_checkpoint(tiny.checkpoint)
-    configs = wan.read_configs(checkpoint)
+    configs = wan.read_configs(checkpoint.configs)
     (role,) = configs.roles(name)
     spec = wan.export_component(name, checkpoint, configs, folder, precision, {role: form})
     return folder / spec.graphs[role].path
@@ -44,7 +44,7 @@ def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
-    config = wan.read_configs(open_checkpoint(tiny.checkpoint)).transformer
+    config = wan.read_configs(open_checkpoint(tiny.checkpoint).configs).transformer
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, config.in_channels, 3, 4, 6)).astype(np.float32)
     padded = np.zeros((1, 512, config.text_dim), np.float32)
@@ -75,7 +75,7 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_text_encoder_without_float32_matrices(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
-    width = wan.read_configs(open_checkpoint(tiny.checkpoint)).text_encoder.dim
+    width = wan.read_configs(open_checkpoint(tiny.checkpoint).configs).text_encoder.dim
     hidden = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
     feeds = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
     expected = run(export(tiny, "text_encoder", tmp_path / "plain", Form(), "fp32"), feeds)

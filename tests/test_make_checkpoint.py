@@ -49,7 +49,7 @@ def test_a_small_one_is_sharded_and_runs(dtype: str, tmp_path: Path) -> None:
     report = make_checkpoint(folder, changed(CONFIGS, SMALL), dtype=dtype, shard_bytes=30_000)
     assert report["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
-    weights = CheckpointWeights(folder / "transformer")
+    weights = CheckpointWeights.open(folder / "transformer")
     kernels = [weights.read(f"blocks.{i}.ffn.net.0.proj.weight", (48, 32)) for i in (0, 1)]
     assert not np.array_equal(*kernels)
     assert abs(np.sqrt((kernels[0] ** 2).mean()) * np.sqrt(32) - 1) < SCALE_TOLERANCE

@@ -1,0 +1,142 @@
+"""Checkpoints of the Hugging Face hub: only the files that are needed, into huggingface_hub's own cache."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from t2v_rt.engines import platform
+from t2v_rt.errors import CheckpointError, InputError, RequestError
+from t2v_rt.export import wan
+from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
+
+logger = logging.getLogger(__name__)
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CONFIGS = (INDEX, "generation_config.json", "scheduler/scheduler_config.json")
+TOKENIZER_FILE = f"tokenizer/{TOKENIZER}"
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+PICKLED = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin")
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether `source` is no folder here and has the form `owner/name`."""
+    return not Path(source).exists() and NAME.fullmatch(str(source)) is not None
+
+
+def fetch(repository: str, revision: str | None = None, *, download: bool = True) -> Path:
+    """Brings a checkpoint in diffusers layout to this machine, or finds it in the cache.
+
+    Configs come first, so that a model of another architecture is refused before its weights are downloaded.
+
+    Args:
+        repository: `owner/name`.
+        revision: branch, tag or commit; None for the main branch.
+        download: False looks in the cache only.
+
+    Returns:
+        Its folder in the cache.
+
+    Raises:
+        InputError: huggingface_hub is not installed.
+        CheckpointError: no such repository or revision, no access to it, no network and nothing in the cache, or not a
+            checkpoint that can be exported.
+        RequestError: its files do not fit the disk.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as exc:
+        raise InputError(
+            f"{repository} is not a folder here; to take it from the Hugging Face hub, install t2v-rt[hub]"
+        ) from exc
+    if not download:
+        return _from_cache(huggingface_hub, repository, revision, "nothing is downloaded for an estimate")
+    sizes = _list_files(huggingface_hub, repository, revision)
+    if sizes is None:
+        folder = _from_cache(huggingface_hub, repository, revision, "the hub does not answer")
+        logger.warning("the hub does not answer; %s is taken from the cache, %s", repository, folder)
+        return folder
+    weights = needed_weights(repository, sizes)
+    small = [*CONFIGS, *(f"{name}/config.json" for name in NETWORKS), TOKENIZER_FILE]
+    folder = _download(huggingface_hub, repository, revision, small)
+    wan.read_configs(read_configs(folder))
+    _check_disk(repository, {name: sizes[name] for name in weights if not (folder / name).is_file()})
+    return _download(huggingface_hub, repository, revision, [*small, *weights])
+
+
+def needed_weights(repository: str, names: Iterable[str]) -> list[str]:
+    """The weights among a repository's files, and the indexes of their shards.
+
+    Raises:
+        CheckpointError: something that an export needs is not there.
+    """
+    have = set(names)
+    for name in (INDEX, TOKENIZER_FILE):
+        if name not in have:
+            raise CheckpointError(f"{repository} has no {name}; expected a checkpoint in diffusers layout")
+    needed = []
+    for network in NETWORKS:
+        files = [name.partition("/")[2] for name in have if name.startswith(f"{network}/")]
+        weights = sorted(name for name in files if WEIGHTS.fullmatch(name))
+        if any(name.endswith(".index.json") for name in weights):  # of a whole file beside shards there is no need
+            weights = [name for name in weights if name.endswith(".json") or "-of-" in name]
+        if not weights:
+            pickles = any(PICKLED.fullmatch(name) for name in files)
+            found = "only pickled weights, which can run code when loaded" if pickles else "no weights"
+            raise CheckpointError(f"{repository}: {network}/ has {found}; expected .safetensors: choose another")
+        needed += [f"{network}/{name}" for name in weights]
+    return needed
+
+
+def _list_files(hub: Any, repository: str, revision: str | None) -> Mapping[str, int] | None:
+    """Name -> bytes of a repository's files; None where the hub does not answer."""
+    try:
+        info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except hub.errors.GatedRepoError as exc:
+        raise CheckpointError(
+            f"{repository} is gated: accept its terms on its page and log in with `hf auth login`"
+        ) from exc
+    except hub.errors.RepositoryNotFoundError as exc:
+        raise CheckpointError(
+            f"{repository} is neither a folder here nor a repository of the hub; for a private one, log in with "
+            "`hf auth login`"
+        ) from exc
+    except hub.errors.RevisionNotFoundError as exc:
+        raise CheckpointError(f"{repository} has no revision {revision!r}; expected a branch, tag or commit") from exc
+    except Exception as exc:  # the HTTP library's own errors, which differ between versions of huggingface_hub
+        logger.info("the hub does not answer: %s: %s", type(exc).__name__, exc)
+        return None
+    return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+
+def _from_cache(hub: Any, repository: str, revision: str | None, reason: str) -> Path:
+    try:  # what of it is missing, the opening tells; the cache would miss files that nobody needs, too
+        return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=INDEX))
+    except hub.errors.LocalEntryNotFoundError as exc:
+        raise CheckpointError(
+            f"{repository} is not a folder here, {reason}, and it is not in the hub's cache; connect to the "
+            "network, or give a folder"
+        ) from exc
+
+
+def _download(hub: Any, repository: str, revision: str | None, names: Iterable[str]) -> Path:
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(names)))
+    except Exception as exc:  # as above
+        raise CheckpointError(
+            f"{repository}: the download broke off ({type(exc).__name__}); run the command again, it continues"
+        ) from exc
+
+
+def _check_disk(repository: str, sizes: Mapping[str, int]) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    needed, free = sum(sizes.values()), platform.free_disk_bytes(cache)
+    if needed > free:
+        raise RequestError(
+            f"{repository}: {needed / 1e9:.1f} GB are to be downloaded, {free / 1e9:.1f} GB are free at {cache}; make "
+            "room, or set HF_HOME to a larger disk"
+        )

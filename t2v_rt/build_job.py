@@ -1,0 +1,236 @@
+"""One build: what it is made from, and how each of its parts is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.backends import get_backend
+from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, EmbeddingSpec, Manifest, TileSpec
+from t2v_rt.engines.plans import Range, Sizes, VideoProfile, parse_profiles
+from t2v_rt.engines.tensorrt_library import load_library
+from t2v_rt.engines.work import Work
+from t2v_rt.errors import RequestError
+from t2v_rt.export import wan
+from t2v_rt.export.checkpoint import Checkpoint
+from t2v_rt.export.graph import Form, Precision, check_precision
+from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
+from t2v_rt.export.weights import WeightFile, WeightSizes
+
+logger = logging.getLogger(__name__)
+REFERENCE_GROWTH = 2.2  # of float32 weights in memory: ONNX Runtime packs the largest matrices once more
+Report = Callable[[float], None]
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Engines that share weights, and so are made together.
+
+    Args:
+        component: its name.
+        roles: of the engines.
+        precision: of matmul and convolution operands.
+        forms: role -> how the backend wants the graph; None for ONNX Runtime's.
+        ranges: role -> sizes of each shape profile of a plan.
+        tiles: of the VAE decoder's plans.
+    """
+
+    component: str
+    roles: tuple[str, ...]
+    precision: Precision
+    forms: Mapping[str, Form] | None = None
+    ranges: Mapping[str, Sequence[Mapping[str, Range]]] = field(default_factory=dict)
+    tiles: TileSpec | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.roles[0]}"
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What is built from what.
+
+    Args:
+        source: the opened checkpoint.
+        backend: a known one.
+        precision: a known one.
+        targets: GPUs by name, or none.
+        shard_bytes: what an engine of the text encoder may take of a card.
+    """
+
+    source: Checkpoint
+    backend: str
+    precision: str
+    targets: tuple[str, ...]
+    shard_bytes: int
+
+    @cached_property
+    def configs(self) -> wan.WanConfigs:
+        return wan.read_configs(self.source.configs, self.shard_bytes)
+
+    @property
+    def makes_plans(self) -> bool:
+        return self.backend != "onnxruntime"
+
+    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes]) -> Manifest:
+        """The bundle's manifest but for its components."""
+        defaults = wan.read_defaults(self.source.configs.generation)
+        profiles = parse_profiles(*sizes, (defaults.height, defaults.width, defaults.num_frames))
+        best = {name: ranges.opt for name, ranges in vars(profiles[0]).items()}
+        if not self.makes_plans and (len(profiles) > 1 or not all(r.fixed for r in vars(profiles[0]).values())):
+            raise RequestError("ONNX Runtime's engines take any size: give one height, width and number of frames")
+        library = {self.backend: load_library(self.backend).version} if self.makes_plans else {}
+        builder = {**_versions("t2v-rt", "onnx"), **library}
+        return Manifest(
+            backend=self.backend,
+            precision=self.precision,
+            fingerprint=self._fingerprint(builder, profiles),
+            builder=builder,
+            model=wan.model_spec(self.configs),
+            scheduler=self.source.configs.scheduler,
+            defaults=replace(defaults, **best),
+            components={},
+            targets=self.targets,
+            profiles=profiles if self.makes_plans else (),
+        )
+
+    def _fingerprint(self, builder: Mapping[str, str], profiles: Sequence[VideoProfile]) -> str:
+        """A hash of all that goes into a bundle: weights and configs, settings, and the code that builds."""
+        import t2v_rt.engines
+        import t2v_rt.export
+        from t2v_rt.runtime import self_test
+
+        files = [*sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")), Path(self_test.__file__)]
+        if self.makes_plans:
+            files += sorted(Path(t2v_rt.engines.__path__[0]).glob("tensorrt_*.py"))
+        code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+        content = {
+            "schema": SCHEMA_VERSION,
+            "checkpoint": self.source.digest(),
+            "backend": self.backend,
+            "precision": self.precision,
+            "targets": self.targets,
+            "profiles": [profile.to_json() for profile in profiles],
+            "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
+            "code": code.hexdigest(),
+            "versions": {**builder, **_versions("onnxruntime")},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def parts(self, manifest: Manifest) -> tuple[Part, ...]:
+        """The parts of all components, in the order they are made."""
+        configs, precision = self.configs, check_precision(self.precision)
+        if not self.makes_plans:
+            return tuple(Part(name, roles, precision) for name in wan.COMPONENTS for roles in configs.parts(name))
+        turing = "sm75" in self.targets  # which multiplies neither float32 nor bfloat16
+        tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
+        ranges = component_ranges(manifest.model, manifest.profiles, tiles, configs.roles("text_encoder"))
+        forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, not turing)
+        return tuple(
+            Part(
+                name,
+                roles,
+                "bf16" if name == "text_encoder" and not turing else precision,
+                forms[name],
+                ranges[name],
+                tiles if name == "vae_decoder" else None,
+            )
+            for name in wan.COMPONENTS
+            for roles in configs.parts(name)
+        )
+
+    def _export(self, part: Part, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
+        spec = wan.export_component(
+            part.component, self.source, self.configs, folder, part.precision, part.forms, part.roles, store_type
+        )
+        return spec if part.tiles is None else replace(spec, tiles=part.tiles)
+
+    def outline(self, parts: Sequence[Part]) -> tuple[ComponentSpec, ...]:
+        """What each part will be, its weights counted but not read; raises CheckpointError where one is missing."""
+        with tempfile.TemporaryDirectory() as folder:
+            return tuple(self._export(part, Path(folder), WeightSizes) for part in parts)
+
+    def build_part(self, part: Part, work: Work, report: Report) -> Result:
+        """Makes the engines of a part; returns its component spec as JSON."""
+        if not self.makes_plans:
+            return self._export(part, work.bundle).to_json()
+        from t2v_rt.engines.tensorrt_builder import PlanBuilder
+        from t2v_rt.inspect import count_nodes
+
+        spec = self._export(part, work.scratch)
+        nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
+        builder = PlanBuilder(self.backend, self.targets)
+        return builder.build_component(work.scratch, work.bundle, spec, part.ranges, nodes, report).to_json()
+
+    def copy_embedding(self, work: Work) -> Result:
+        """Copies the text encoder's table; returns its spec as JSON."""
+        return asdict(wan.export_embedding(self.source, self.configs, work.bundle))
+
+    def copy_tokenizer(self, work: Work) -> Result:
+        (work.bundle / "tokenizer").mkdir()
+        shutil.copyfile(self.source.tokenizer, work.bundle / "tokenizer" / "tokenizer.json")
+        return {}
+
+    def components(self, results: Sequence[Result], embedding: Result) -> dict[str, ComponentSpec]:
+        """The manifest's components, from what was made of each part and of the embedding."""
+        found: dict[str, list[ComponentSpec]] = {name: [] for name in wan.COMPONENTS}
+        names = [name for name in wan.COMPONENTS for _ in self.configs.parts(name)]
+        for name, result in zip(names, results, strict=True):
+            found[name].append(ComponentSpec.from_json(result))
+        joined = {name: ComponentSpec.joined(specs) for name, specs in found.items()}
+        return {**joined, "text_encoder": replace(joined["text_encoder"], embedding=EmbeddingSpec(**embedding))}
+
+    def can_run_reference(self, components: Mapping[str, ComponentSpec], folder: Path) -> bool:
+        """Whether the largest part of the model fits memory and disk in float32; where it does not, that is said.
+
+        Plans carry no self-test yet: their shapes are those of whole videos, too large for a reference on the CPU.
+        """
+        if self.makes_plans:
+            return False
+        largest = max(part.weights_bytes for spec in components.values() for part in spec.parts)
+        needed = int(largest * REFERENCE_GROWTH) * (1 if self.precision == "fp32" else 2)
+        room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
+        if needed > room:
+            logger.warning(
+                "the bundle carries no self-test: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                needed / 1e9,
+                room / 1e9,
+            )
+        return needed <= room
+
+    def record_self_test(self, name: str, built: ComponentSpec, manifest: Manifest, work: Work) -> Result:
+        """Runs a component's float32 graphs on the CPU, anew where the bundle has others; keeps the answers."""
+        from t2v_rt.runtime import self_test
+
+        again = self.precision != "fp32"
+        place = work.scratch / "reference" if again else work.bundle
+        backend = get_backend("onnxruntime")
+        answers = []
+        for part in built.parts:
+            spec = part
+            if again:
+                place.mkdir()
+                spec = wan.export_component(name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs))
+            with backend.load(place, name, spec) as component:
+                answers += self_test.run_calls(name, component, manifest.model)
+            if again:
+                platform.remove_tree(place)
+        self_test.record(name, answers, work.bundle)
+        return {}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    from importlib import metadata  # takes long to import, and only building needs it
+
+    return {name: metadata.version(name) for name in packages}

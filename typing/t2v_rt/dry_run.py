@@ -1,0 +1,1 @@
+../../t2v_rt/dry_run.py
