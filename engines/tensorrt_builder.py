@@ -138,6 +138,7 @@ def run_worker(job: Mapping[str, Any], name: str, report: Report) -> Mapping[str
     Raises:
         BackendError: the library is missing.
         EngineError: the graph cannot be built, or the worker died.
+        OSError: the plan cannot be written: the disk is full.
     """
     command = [sys.executable, "-P", "-m", "t2v_rt.engines.tensorrt_worker"]
     with tempfile.TemporaryFile() as printed:
@@ -161,6 +162,8 @@ def run_worker(job: Mapping[str, Any], name: str, report: Report) -> Mapping[str
         if "result" in answer:
             result: Mapping[str, Any] = answer["result"]
             return result
+        if answer.get("kind") == "OSError":
+            raise OSError(answer["errno"], answer["error"])
         if "error" in answer:
             raise (BackendError if answer["kind"] == "BackendError" else EngineError)(answer["error"])
         raise EngineError(f"building {name} ended without a result, exit code {code}{_reason(code, printed)}")

@@ -94,9 +94,14 @@ def make_writer(trt: Any, path: Path) -> Any:
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.file = platform.create_private(path)
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return self.file.write(data)
+            try:
+                return self.file.write(data)
+            except OSError as exc:  # the library ends such a build as if it had gone well
+                self.error = self.error or exc
+                return 0
 
     return PlanWriter()
 
@@ -115,6 +120,7 @@ def build(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     Raises:
         BackendError: the library is missing.
         EngineError: it cannot read the graph, build it, or tell its memory.
+        OSError: the plan cannot be written.
     """
     start = time.perf_counter()
     library = load_library(job["backend"])
@@ -159,7 +165,10 @@ def _serialize(library: Library, builder: Any, network: Any, config: Any, path: 
     path.unlink(missing_ok=True)
     writer = make_writer(library.trt, path)
     with writer.file:
-        return bool(builder.build_serialized_network_to_stream(network, config, writer))
+        done = bool(builder.build_serialized_network_to_stream(network, config, writer))
+    if writer.error is not None:
+        raise writer.error
+    return done
 
 
 def allow_decomposition(trt: Any, network: Any) -> bool:
@@ -204,6 +213,8 @@ def main() -> None:
         answer(result=build(job, lambda fraction: answer(fraction=fraction)))
     except T2VError as exc:
         answer(error=str(exc), kind=type(exc).__name__)
+    except OSError as exc:
+        answer(error=exc.strerror or str(exc), kind="OSError", errno=exc.errno)
     except Exception as exc:  # anything else that is wrong with the graph or the library becomes the parent's error
         answer(error=f"{type(exc).__name__}: {exc}", kind="EngineError")
     answers.close()

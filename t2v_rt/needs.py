@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from t2v_rt.engines.manifest import ComponentSpec
 
 MARGIN = 1.02  # of the weights' bytes: graphs, padding and what a builder adds come on top
-OVERHEAD = 20_000_000  # bytes on disk that do not grow with the weights
+OVERHEAD = 10_000_000  # bytes on disk that do not grow with the weights, of the bundle and of each plan
 PROCESS = 500_000_000  # bytes of memory of the command itself
 FULL = 4  # bytes of a float32
 TENSOR_COPIES = 3  # of the largest tensor as float32: as read, as transformed, as stored
@@ -49,12 +49,12 @@ class Needs:
         needed = self.disk_bytes - finished
         if needed > free:
             raise RequestError(
-                f"{target}: the build needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; make "
+                f"{target}: the build needs about {needed / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free; make "
                 "room first"
             )
         if self.memory_bytes > available:
             raise RequestError(
-                f"{target}: the build needs about {self.memory_bytes / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB "
+                f"{target}: the build needs about {self.memory_bytes / 1e9:.3g} GB of memory, {available / 1e9:.3g} GB "
                 "are available; close other programs, or build on another machine"
             )
 
@@ -74,7 +74,7 @@ def estimate_needs(job: BuildJob, outline: Sequence[ComponentSpec]) -> Needs:
     if job.makes_plans:  # a part's graphs lie beside its plans while those are built; plans share no weights
         graphs = [graph.weights_bytes for part in outline for graph in part.graphs.values()]
         exported = max(part.weights_bytes for part in outline)
-        return Needs(int(MARGIN * sum(graphs)) + exported + fixed, PROCESS + int(BUILDER_GROWTH * max(graphs)))
+        return Needs(int(MARGIN * sum(graphs)) + len(graphs) * OVERHEAD + exported + fixed, PROCESS + int(BUILDER_GROWTH * max(graphs)))
     weights = sum(part.weights_bytes for part in outline)
     networks = job.source.weights.values()
     tensors = {name: tensor for network in networks for name, tensor in network.tensors.items()}
