@@ -85,7 +85,7 @@ def parity(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     text = " ".join(f"word{7 * i}" for i in range(PROMPT_TOKENS - 1))
     ids = pipe.stages.tokenizer.encode(text)
     source = open_checkpoint(checkpoint)
-    configs = family.read_configs(source, shard_bytes=1)  # an engine for each block
+    configs = family.read_configs(source.configs, shard_bytes=1)  # an engine for each block
     middle = configs.text_encoder.layers // 2
     role = f"blocks_{middle}"
     states = reference.embed(ids)

@@ -317,9 +317,7 @@ class WeightSizes(WeightFile):
     ) -> WeightPlace:
         """Notes a tensor of the checkpoint; raises as the file does for one that is missing or of another shape."""
         source.check(name, shape)
-        like = np.broadcast_to(np.float32(0), shape)  # takes no memory
-        stored = transform(like).shape if transform else shape
-        self.places[name] = WeightPlace(0, prod(stored) * STORED_BYTES[dtype], dtype, stored)
+        self.places[name] = WeightPlace(0, prod(shape) * STORED_BYTES[dtype], dtype, shape)  # transposed or not
         return self.places[name]
 
     def __exit__(

@@ -74,7 +74,10 @@ def estimate_needs(job: BuildJob, outline: Sequence[ComponentSpec]) -> Needs:
     if job.makes_plans:  # a part's graphs lie beside its plans while those are built; plans share no weights
         graphs = [graph.weights_bytes for part in outline for graph in part.graphs.values()]
         exported = max(part.weights_bytes for part in outline)
-        return Needs(int(MARGIN * sum(graphs)) + len(graphs) * OVERHEAD + exported + fixed, PROCESS + int(BUILDER_GROWTH * max(graphs)))
+        return Needs(
+            int(MARGIN * sum(graphs)) + len(graphs) * OVERHEAD + exported + fixed,
+            PROCESS + int(BUILDER_GROWTH * max(graphs)),
+        )
     weights = sum(part.weights_bytes for part in outline)
     networks = job.source.weights.values()
     tensors = {name: tensor for network in networks for name, tensor in network.tensors.items()}
