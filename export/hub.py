@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ def fetch(repository: str, revision: str | None = None, *, download: bool = True
     """
     try:
         import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as exc:
         raise InputError(
             f"{repository} is not a folder here; to take it from the Hugging Face hub, install t2v-rt[hub]"
         ) from exc
+    if not sys.stderr.isatty():  # its bars are for a person, as ours are
+        huggingface_hub.utils.disable_progress_bars()
     if not download:
         return _from_cache(huggingface_hub, repository, revision, "nothing is downloaded for an estimate")
     sizes = _list_files(huggingface_hub, repository, revision)
@@ -137,6 +142,6 @@ def _check_disk(repository: str, sizes: Mapping[str, int]) -> None:
     needed, free = sum(sizes.values()), platform.free_disk_bytes(cache)
     if needed > free:
         raise RequestError(
-            f"{repository}: {needed / 1e9:.1f} GB are to be downloaded, {free / 1e9:.1f} GB are free at {cache}; make "
+            f"{repository}: {needed / 1e9:.3g} GB are to be downloaded, {free / 1e9:.3g} GB are free at {cache}; make "
             "room, or set HF_HOME to a larger disk"
         )
