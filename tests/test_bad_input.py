@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,14 @@ from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
+from t2v_rt.engines import platform
 from t2v_rt.progress import Bars
 from tests.conftest import Tiny
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 
 
 def snapshot(folder: Path) -> set[str]:
@@ -81,9 +84,39 @@ def _reshape(folder: Path) -> None:
     change_tensors(folder / TRANSFORMER, change)
 
 
-def _lost_shard(folder: Path) -> None:
-    index = {"weight_map": {"proj_out.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+def _shards(folder: Path) -> list[Path]:
+    """Puts the denoiser into two shards with an index."""
+    tensors = load_file(folder / TRANSFORMER)
+    (folder / TRANSFORMER).unlink()
+    names = sorted(tensors)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    files = [folder / "transformer" / f"diffusion_pytorch_model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    for file, half in zip(files, halves, strict=True):
+        save_file({name: tensors[name] for name in half}, file)
+    index = {name: file.name for file, half in zip(files, halves, strict=True) for name in half}
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    return files
+
+
+def _truncated_shard(folder: Path) -> None:
+    shard = _shards(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def _absent_shard(folder: Path) -> None:
+    _shards(folder)[0].unlink()
+
+
+def _tensor_in_no_shard(folder: Path) -> None:
+    change_tensors(_shards(folder)[0], lambda tensors: tensors.pop(min(tensors)))
+
+
+def _index(key: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "model_index.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+
+    return change
 
 
 def _config(component: str, key: str, value: object) -> Callable[[Path], None]:
@@ -105,8 +138,18 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "impossible header": (_huge_header, "damaged or truncated"),
     "tensor missing": (drop("blocks.0.attn1.to_q.weight"), "'blocks.0.attn1.to_q.weight' is missing"),
     "tensor of another shape": (_reshape, "proj_out.weight"),
-    "shard missing": (_lost_shard, "is missing"),
+    "shard missing": (_absent_shard, "diffusion_pytorch_model-00001-of-00002.safetensors: shard named in"),
+    "shard truncated": (_truncated_shard, "-00002-of-00002.safetensors: truncated"),
+    "tensor in no shard": (_tensor_in_no_shard, "1 tensors that no shard holds, the first 'blocks.0.attn1"),
+    "another pipeline": (_index("_class_name", "LTXPipeline"), "the pipeline 'LTXPipeline'; supported: WanPipeline"),
+    "wan 2.2": (_index("transformer_2", ["diffusers", "WanTransformer3DModel"]), "that of a Wan2.2 model"),
+    "wan 2.2, small": (_index("expand_timesteps", True), "that of a Wan2.2 model"),
+    "another denoiser": (
+        _config("transformer", "_class_name", "LTXVideoTransformer3DModel"),
+        "'LTXVideoTransformer3DModel'; only 'WanTransformer3DModel'",
+    ),
     "image model": (_config("transformer", "image_dim", 1280), "image_dim"),
+    "image model by channels": (_config("transformer", "in_channels", 36), "in_channels is 36"),
     "wan 2.2 vae": (_config("vae", "is_residual", True), "is_residual"),
     "other encoder": (_config("text_encoder", "model_type", "t5"), "model_type"),
     "nonsense size": (_config("transformer", "num_layers", "two"), "num_layers"),
@@ -278,8 +321,10 @@ def test_an_interrupt_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
 ) -> None:
+    """Of a build, before its first part is finished; what is kept after that is tested in test_resume.py."""
+
     def interrupt(self: Bars, name: str, done: int, total: int, *, detail: str = "") -> None:
-        if name == stage and (done >= 2 or total == 1):
+        if name == stage and (done >= 2 or total == 1 or stage == "build"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Bars, "update", interrupt)
@@ -306,6 +351,26 @@ def test_a_real_signal_during_the_steps(narrow: Tiny, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip() == "t2v-rt: interrupted"
+    assert snapshot(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("reading", "named"), [("free_disk_bytes", "of disk"), ("available_memory_bytes", "of memory")]
+)
+def test_too_little_disk_or_memory_is_said_before_the_work_begins(
+    narrow: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    reading: str,
+    named: str,
+) -> None:
+    began: list[str] = []
+    monkeypatch.setattr(Bars, "update", lambda self, stage, *counts, detail: began.append(detail))
+    monkeypatch.setattr(platform, reading, lambda *place: 5_000_000)
+    line = refused(capsys, "build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "bundle"))
+    assert re.search(rf"the build needs about 0\.\d+ GB {named}, 0\.005 GB are", line)
+    assert not began
     assert snapshot(tmp_path) == set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -103,7 +104,10 @@ def test_a_cache_as_others_left_it(
             shutil.copy(file, blob)
             link = place / "snapshots" / COMMIT / file.relative_to(narrow.checkpoint)
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(blob)
+            if os.name == "posix":
+                link.symlink_to(blob)
+            else:  # as the client does where links need rights of their own
+                shutil.copy(blob, link)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     cut_off(monkeypatch)
     bundle = build_engines(NAME, tmp_path / "b")

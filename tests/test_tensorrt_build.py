@@ -20,6 +20,7 @@ from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.plans import Range
 from t2v_rt.engines.tensorrt_builder import run_worker
 from t2v_rt.engines.tensorrt_library import DEFAULT_TARGETS, check_targets, load_library
+from t2v_rt.engines.work import CONTINUES
 from t2v_rt.plan import plan
 from tests.conftest import Tiny
 from tests.test_graph_forms import FORBIDDEN
@@ -203,22 +204,28 @@ def test_a_worker_that_fails(narrow: Tiny, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT as a terminal does")
-def test_an_interruption_leaves_nothing(narrow: Tiny, tmp_path: Path) -> None:
+def test_an_interruption_leaves_what_is_finished(narrow: Tiny, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "t2v_rt", "build-engines", str(narrow.checkpoint)]
     command += ["--output", str(tmp_path / "b"), "--backend", RTX]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + 60
-    while not list(tmp_path.glob(".*/transformer/model.plan")) and time.monotonic() < until:
+    while not list(tmp_path.glob(".*/bundle/transformer/model.plan")) and time.monotonic() < until:
         time.sleep(0.01)
     start = time.perf_counter()
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.decode().strip() == "t2v-rt: interrupted"
+    assert said.decode().strip() == f"t2v-rt: interrupted; {CONTINUES}"
     assert time.perf_counter() - start < REUSE_SECONDS
-    assert not list(tmp_path.iterdir())
     with pytest.raises(ProcessLookupError):  # the worker is gone as well
         os.killpg(process.pid, 0)
+    (work,) = tmp_path.iterdir()
+    finished = work / "bundle" / "text_encoder" / "blocks_0.plan"
+    before = finished.stat().st_mtime_ns
+    assert [path.name for path in work.rglob("*.plan")] == [finished.name]
+    bundle = build_engines(narrow.checkpoint, tmp_path / "b", backend=RTX)
+    assert (bundle.folder / "text_encoder" / "blocks_0.plan").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_progress_is_told(narrow: Tiny, tmp_path: Path) -> None:
