@@ -107,7 +107,7 @@ class BuildRequest:
 
     Args:
         sizes: height, width and number of frames.
-        download: whether a checkpoint may be brought here from the hub.
+        estimate: whether it will not be built, so that nothing is downloaded and weights are not hashed.
     """
 
     checkpoint: str | Path | None
@@ -118,7 +118,7 @@ class BuildRequest:
     sizes: tuple[Sizes, Sizes, Sizes] = (None, None, None)
     gpus: str | Sequence[str] | None = None
     vram_budget: int | str | None = None
-    download: bool = True
+    estimate: bool = False
 
     def prepare(self) -> tuple[BuildJob, Manifest]:
         """Opens the checkpoint and checks all settings; raises as `build_engines`.
@@ -134,7 +134,7 @@ class BuildRequest:
             raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
         precision = _precision(self.backend, self.precision)
         job = BuildJob(self._open(), self.backend, precision, targets, _shard_bytes(self.vram_budget))
-        manifest = job.manifest(self.sizes)
+        manifest = job.manifest(self.sizes, estimate=self.estimate)
         _check_request(manifest)
         return job, manifest
 
@@ -144,7 +144,7 @@ class BuildRequest:
 
         place = self.checkpoint
         if place is not None and is_hub_name(place):
-            place = fetch(str(place), self.revision, download=self.download)
+            place = fetch(str(place), self.revision, download=not self.estimate)
         elif self.revision is not None:
             raise RequestError(f"a revision is given, and {place} is not owner/name on the hub; leave it out")
         return open_checkpoint(place, self.files)

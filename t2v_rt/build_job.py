@@ -83,8 +83,8 @@ class BuildJob:
     def makes_plans(self) -> bool:
         return self.backend != "onnxruntime"
 
-    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes]) -> Manifest:
-        """The bundle's manifest but for its components."""
+    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes], *, estimate: bool = False) -> Manifest:
+        """The bundle's manifest but for its components and, of an estimate, its fingerprint."""
         defaults = wan.read_defaults(self.source.configs.generation)
         profiles = parse_profiles(*sizes, (defaults.height, defaults.width, defaults.num_frames))
         best = {name: ranges.opt for name, ranges in vars(profiles[0]).items()}
@@ -95,7 +95,7 @@ class BuildJob:
         return Manifest(
             backend=self.backend,
             precision=self.precision,
-            fingerprint=self._fingerprint(builder, profiles),
+            fingerprint="" if estimate else self._fingerprint(builder, profiles),
             builder=builder,
             model=wan.model_spec(self.configs),
             scheduler=self.source.configs.scheduler,

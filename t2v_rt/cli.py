@@ -96,7 +96,8 @@ def _add_build(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="folder in diffusers layout, owner/name on the Hugging Face hub, or folder with a file per network",
     )
-    add("--output", required=True, metavar="BUNDLE", help="folder to write")
+    add("--output", metavar="BUNDLE", help="folder to write")
+    add("--dry-run", action="store_true", help="only tell what the build would take, and the bundle on a card")
     add("--revision", metavar="NAME", help="branch, tag or commit of a checkpoint on the hub")
     for network in ("transformer", "vae", "text-encoder"):
         add(f"--{network}", metavar="FILE", help=f"single safetensors file instead of the checkpoint's {network}")
@@ -189,6 +190,11 @@ def _add_verify(commands: Any) -> None:
 
 def run_build(options: argparse.Namespace) -> None:
     """`build-engines`."""
+    if options.dry_run:
+        _dry_run(options)
+        return
+    if options.output is None:
+        raise RequestError("--output is missing; expected the folder to write")
     from t2v_rt.build import build_engines
     from t2v_rt.progress import Bars
 
@@ -219,6 +225,24 @@ def run_build(options: argparse.Namespace) -> None:
     }
     lines = [f"bundle   {bundle.folder} ({manifest.bundle_id})", f"engines  {manifest.backend}, {manifest.precision}"]
     show(options, report, [*lines, f"weights  {weights / 1e6:.1f} MB"])
+
+
+def _dry_run(options: argparse.Namespace) -> None:
+    from t2v_rt.build import BuildRequest
+    from t2v_rt.dry_run import describe, dry_run
+
+    request = BuildRequest(
+        options.checkpoint,
+        _files(options),
+        options.revision,
+        options.backend,
+        options.precision,
+        (options.height, options.width, options.num_frames),
+        options.gpu,
+        options.vram_budget,
+    )
+    report = dry_run(request, options.output)
+    show(options, report, describe(report))
 
 
 def _files(options: argparse.Namespace) -> dict[str, str]:

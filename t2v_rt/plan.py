@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines.bundle import open_bundle
+from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.memory_plan import largest_fitting, make_plan, parse_bytes, to_json
@@ -47,13 +48,29 @@ def plan(
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
     """
     manifest = open_bundle(folder).manifest
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    return {
+        "bundle_id": manifest.bundle_id,
+        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles),
+    }
+
+
+def plan_request(
+    manifest: Manifest,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    vram_budget: str | int | None = None,
+    vae_tiles: str | None = None,
+) -> dict[str, Any]:
+    """Plans a request of a bundle that is known by its manifest alone; see `plan`."""
     request = make_request(manifest, prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
     made = make_plan(manifest, wan.latent_shape(manifest.model, 1, *size), budget=budget, grid=grid)
     report = {
-        "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,
         "height": size[0],
         "width": size[1],
