@@ -85,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(content)
 
 
-def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry]) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None) -> Manifest:
     """Writes the manifest with the size and hash of every file of the folder.
 
     Args:
@@ -99,7 +99,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
     files: dict[str, FileEntry] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path = file.relative_to(folder).as_posix()
-        files[path] = known.get(path) or FileEntry(hash_file(file), file.stat().st_size)
+        files[path] = (known or {}).get(path) or FileEntry(hash_file(file), file.stat().st_size)
     complete = replace(manifest, files=files)
     text = json.dumps(complete.to_json(), indent=1, ensure_ascii=False)
     (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8", newline="\n")

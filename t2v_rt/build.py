@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import check_backend
 from t2v_rt.engines.bundle import Bundle, Stamps, open_bundle, read_manifest, write_manifest
-from t2v_rt.engines.manifest import Manifest
+from t2v_rt.engines.manifest import ComponentSpec, EmbeddingSpec, Manifest
 from t2v_rt.engines.plans import Sizes
 from t2v_rt.engines.tensorrt_library import check_targets
 from t2v_rt.engines.trust import built_here, remember_built
@@ -92,7 +92,7 @@ def build_engines(
         outline = job.outline(parts)
         needs = estimate_needs(job, outline)
         needs.check(target, work.finished_bytes)
-        told = Shares(progress, {part.name: spec.weights_bytes for part, spec in zip(parts, outline, strict=True)})
+        told = Shares(progress, [(part.name, spec.weights_bytes) for part, spec in zip(parts, outline, strict=True)])
         written = _build(job, parts, manifest, work, told)
     if job.makes_plans:
         remember_built(target)
@@ -151,18 +151,24 @@ class BuildRequest:
 
 
 def _build(job: BuildJob, parts: Sequence[Part], manifest: Manifest, work: Work, told: Shares) -> Manifest:
-    """Makes all parts that are not finished, and the manifest."""
-    results = []
-    for part in parts:
-        told(part.name)
-        results.append(work.part(part.name, partial(job.build_part, part, work, partial(told, part.name))))
-    embedding = work.part("embedding", partial(job.copy_embedding, work))
+    """Makes all parts that are not finished, and the manifest.
+
+    A component is tested before the next one is built: its reference lies on the disk beside what there is by then.
+    """
+    components = {}
+    for name in dict.fromkeys(part.component for part in parts):
+        specs = []
+        for part in (part for part in parts if part.component == name):
+            told(part.name)
+            made = work.part(part.name, partial(job.build_part, part, work, partial(told, part.name)))
+            specs.append(ComponentSpec.from_json(made))
+        components[name] = ComponentSpec.joined(specs)
+        told(f"self_test.{name}")
+        if job.can_run_reference(name, components[name], work.bundle):
+            work.part(f"self_test.{name}", partial(job.record_self_test, name, components[name], manifest, work))
+    embedding = EmbeddingSpec(**work.part("embedding", partial(job.copy_embedding, work)))
+    components["text_encoder"] = replace(components["text_encoder"], embedding=embedding)
     work.part("tokenizer", partial(job.copy_tokenizer, work))
-    components = job.components(results, embedding)
-    told("self_test")
-    if job.can_run_reference(components, work.bundle):
-        for name, spec in components.items():
-            work.part(f"self_test.{name}", partial(job.record_self_test, name, spec, manifest, work))
     told("hash")
     return write_manifest(work.bundle, manifest.with_components(components), work.files)
 

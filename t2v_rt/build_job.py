@@ -15,7 +15,7 @@ from typing import Any
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import get_backend
-from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, EmbeddingSpec, Manifest, TileSpec
+from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec
 from t2v_rt.engines.plans import Range, Sizes, VideoProfile, parse_profiles
 from t2v_rt.engines.tensorrt_library import load_library
 from t2v_rt.engines.work import Work
@@ -182,50 +182,35 @@ class BuildJob:
         shutil.copyfile(self.source.tokenizer, work.bundle / "tokenizer" / "tokenizer.json")
         return {}
 
-    def components(self, results: Sequence[Result], embedding: Result) -> dict[str, ComponentSpec]:
-        """The manifest's components, from what was made of each part and of the embedding."""
-        found: dict[str, list[ComponentSpec]] = {name: [] for name in wan.COMPONENTS}
-        names = [name for name in wan.COMPONENTS for _ in self.configs.parts(name)]
-        for name, result in zip(names, results, strict=True):
-            found[name].append(ComponentSpec.from_json(result))
-        joined = {name: ComponentSpec.joined(specs) for name, specs in found.items()}
-        return {**joined, "text_encoder": replace(joined["text_encoder"], embedding=EmbeddingSpec(**embedding))}
-
-    def can_run_reference(self, components: Mapping[str, ComponentSpec], folder: Path) -> bool:
-        """Whether the largest part of the model fits memory and disk in float32; where it does not, that is said.
-
-        Plans carry no self-test yet: their shapes are those of whole videos, too large for a reference on the CPU.
-        """
-        if self.makes_plans:
-            return False
-        largest = max(part.weights_bytes for spec in components.values() for part in spec.parts)
+    def can_run_reference(self, name: str, built: ComponentSpec, folder: Path) -> bool:
+        """Whether the largest part of a component fits memory and disk in float32; where it does not, that is said."""
+        largest = max(part.weights_bytes for part in built.parts)
         needed = int(largest * REFERENCE_GROWTH) * (1 if self.precision == "fp32" else 2)
         room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
         if needed > room:
             logger.warning(
-                "the bundle carries no self-test: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                "the bundle carries no self-test of %s: its float32 reference needs %.1f GB of memory and disk of %.1f",
+                name,
                 needed / 1e9,
                 room / 1e9,
             )
         return needed <= room
 
     def record_self_test(self, name: str, built: ComponentSpec, manifest: Manifest, work: Work) -> Result:
-        """Runs a component's float32 graphs on the CPU, anew where the bundle has others; keeps the answers."""
+        """Runs a component's float32 graphs on the CPU, anew where the bundle has others; keeps what they answer."""
         from t2v_rt.runtime import self_test
 
         again = self.precision != "fp32"
-        place = work.scratch / "reference" if again else work.bundle
-        backend = get_backend("onnxruntime")
+        place = work.scratch if again else work.bundle
         answers = []
         for part in built.parts:
             spec = part
             if again:
-                place.mkdir()
                 spec = wan.export_component(name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs))
-            with backend.load(place, name, spec) as component:
-                answers += self_test.run_calls(name, component, manifest.model)
+            with get_backend("onnxruntime").load(place, name, spec) as component:
+                answers += self_test.run_calls(name, component, manifest.model, built)
             if again:
-                platform.remove_tree(place)
+                platform.remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
         return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, int, int], None]
 UNITS = 1000  # that a build is told in
-LAST = {"self_test": 0.1, "hash": 0.02, "done": 0.0}  # steps after the parts, as fractions of the time those take
+TESTED, HASHED = 0.1, 0.02  # of the time that parts take: their self-test, and what comes last
 
 
 class Shares:
@@ -19,13 +19,17 @@ class Shares:
 
     Args:
         tell: called as `f(step, done, total)`, or None.
-        sizes: bytes of each part, in the order they are made.
+        sizes: name and bytes of each part, in the order they are made; after a component's, its self-test comes.
     """
 
-    def __init__(self, tell: Tell | None, sizes: Mapping[str, int]) -> None:
+    def __init__(self, tell: Tell | None, sizes: Sequence[tuple[str, int]]) -> None:
         self._tell = tell
-        total = sum(sizes.values()) or 1
-        self._shares = {**{name: size / total for name, size in sizes.items()}, **LAST}
+        total = sum(size for _, size in sizes) or 1
+        self._shares: dict[str, float] = {}
+        for component in dict.fromkeys(name.partition(".")[0] for name, _ in sizes):
+            own = {name: size / total for name, size in sizes if name.partition(".")[0] == component}
+            self._shares |= {**own, f"self_test.{component}": TESTED * sum(own.values())}
+        self._shares |= {"hash": HASHED, "done": 0.0}
 
     def __call__(self, name: str, fraction: float = 0.0) -> None:
         """Tells that a fraction of a part or step is done, and everything before it."""

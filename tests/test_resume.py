@@ -57,7 +57,7 @@ def ended(narrow: Tiny, output: Path, at: str = "vae_decoder") -> Path:
     return work
 
 
-@pytest.mark.parametrize(("at", "finished"), [("transformer", 1), ("vae_decoder", 2), ("self_test", 4), ("hash", 4)])
+@pytest.mark.parametrize(("at", "finished"), [("self_test", 1), ("transformer", 1), ("vae_decoder", 2), ("hash", 4)])
 def test_finished_parts_are_not_made_again(narrow: Tiny, tmp_path: Path, at: str, finished: int) -> None:
     work = ended(narrow, tmp_path / "b", at)
     kept = {path.relative_to(work / "bundle"): path.stat().st_mtime_ns for path in (work / "bundle").rglob("*.data")}
@@ -98,9 +98,10 @@ def test_parts_of_another_build_are_of_no_use(narrow: Tiny, tmp_path: Path) -> N
 def test_damaged_notes_are_of_no_use(narrow: Tiny, tmp_path: Path) -> None:
     work = ended(narrow, tmp_path / "b")
     notes = sorted((work / "parts").iterdir())
-    assert [note.name for note in notes] == ["text_encoder.blocks_0.json", "transformer.model.json"]
-    notes[0].write_text("{")
-    notes[1].write_text("[]")
+    names = ["self_test.text_encoder", "self_test.transformer", "text_encoder.blocks_0", "transformer.model"]
+    assert [note.name for note in notes] == [f"{name}.json" for name in names]
+    notes[2].write_text("{")
+    notes[3].write_text("[]")
     assert data(build_engines(narrow.checkpoint, tmp_path / "b").folder) == data(narrow.bundle)
 
 
