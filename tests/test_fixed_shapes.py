@@ -39,7 +39,7 @@ def fixed(narrow: Tiny, half: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     """The same as a bundle of plans for one size has it, but with the graphs in the plans' places."""
     folder = tmp_path_factory.mktemp("fixed")
     checkpoint = open_checkpoint(narrow.checkpoint)
-    configs, model = wan.read_configs(checkpoint), half.manifest.model
+    configs, model = wan.read_configs(checkpoint.configs), half.manifest.model
     profiles = parse_profiles(HEIGHT, WIDTH, FRAMES, (0, 0, 0))
     tiles = with_grids(configs.vae.tiles, model, profiles)
     ranges = component_ranges(model, profiles, tiles, configs.roles("text_encoder"))
@@ -59,7 +59,7 @@ def fixed(narrow: Tiny, half: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     for part in ("text_encoder", "tokenizer"):
         shutil.copytree(half.folder / part, folder / part)
     shutil.copy(half.folder / self_test.FOLDER / "text_encoder.npz", folder / self_test.FOLDER)
-    write_manifest(folder, replace(half.manifest, components=components, profiles=profiles, files={}))
+    write_manifest(folder, replace(half.manifest, components=components, profiles=profiles, files={}), {})
     return open_bundle(folder)
 
 
@@ -110,7 +110,7 @@ def test_the_self_test_tells_a_right_engine_from_a_wrong_one(fixed: Bundle, tmp_
         values[ordinary] *= np.float16(1.1)
         values.tofile(path)
     (folder / MANIFEST_NAME).unlink()
-    write_manifest(folder, replace(fixed.manifest, files={}))
+    write_manifest(folder, replace(fixed.manifest, files={}), {})
     wrong = verify(folder)["components"]
     assert not any(item["passed"] for item in wrong.values()), json.dumps(wrong)
 

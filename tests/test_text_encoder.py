@@ -185,12 +185,12 @@ def test_the_embedding_is_the_one_that_transformers_takes(narrow: Tiny, tmp_path
     folder = tmp_path / "text_encoder"
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(checkpoint.configs["text_encoder"]), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(checkpoint.configs.networks["text_encoder"]), encoding="utf-8")
     reference = UMT5EncoderModel.from_pretrained(folder)
     expected = reference.encoder.embed_tokens.weight.detach().numpy()
-    weights = {**checkpoint.weights, "text_encoder": type(checkpoint.weights["vae"])(folder)}
+    weights = {**checkpoint.weights, "text_encoder": type(checkpoint.weights["vae"]).open(folder)}
     changed_source = type(checkpoint)(**{**vars(checkpoint), "weights": weights})
-    spec = wan.export_embedding(changed_source, wan.read_configs(checkpoint), tmp_path)
+    spec = wan.export_embedding(changed_source, wan.read_configs(checkpoint.configs), tmp_path)
     rows = EmbeddingTable(tmp_path, spec).rows(np.arange(spec.rows))
     assert np.array_equal(rows[0], expected)
 
@@ -216,7 +216,7 @@ def test_rows_are_gathered_as_they_are_stored(tmp_path: Path, dtype: str) -> Non
 
 def test_bfloat16_blocks_compute_what_float32_ones_do(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint)
-    configs = wan.read_configs(checkpoint)
+    configs = wan.read_configs(checkpoint.configs)
     hidden = np.random.default_rng(0).standard_normal((1, 5, configs.text_encoder.dim)).astype(np.float32)
     feeds = {"hidden_states": hidden, "relative_buckets": relative_buckets(5, 32, 128)}
     results = []
