@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,11 @@ class OnnxRuntimeBackend:
     def device(self) -> str:
         """Empty on the CPU, where bundles' answers were computed; else the provider and ONNX Runtime's version."""
         return "" if self.provider == "cpu" else f"{self.provider}, ONNX Runtime {ort.__version__}"
+
+    @property
+    def identity(self) -> str:
+        """Provider and version, and the machine, whose processor chooses the kernels."""
+        return f"{self.provider}, ONNX Runtime {ort.__version__}, {platform.node()}"
 
     @property
     def memory_bytes(self) -> int | None:

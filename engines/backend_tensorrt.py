@@ -379,6 +379,10 @@ class TensorRTBackend:
         return self._card.identity
 
     @property
+    def identity(self) -> str:
+        return self._card.identity
+
+    @property
     def memory_bytes(self) -> int | None:
         return self._card.cuda.info.memory_bytes
 

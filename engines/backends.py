@@ -23,6 +23,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """Whatever may change a result in its last bits: libraries, device, driver."""
+        ...
+
+    @property
     def memory_bytes(self) -> int | None:
         """Of the device in all, where it has memory of its own; None where it is the machine's."""
         ...

@@ -250,6 +250,7 @@ class Manifest:
         components: name -> component.
         targets: GPUs that its plans were built for, such as `sm89`; none where its engines are ONNX graphs.
         profiles: videos that its plans can make; none where the size is free.
+        encoder_id: of the checkpoint's text encoder and tokenizer: prompt embeddings of an equal one fit.
         files: path inside the bundle -> size and hash, of every file but the manifest.
     """
 
@@ -263,6 +264,7 @@ class Manifest:
     components: Mapping[str, ComponentSpec]
     targets: tuple[str, ...] = ()
     profiles: tuple[VideoProfile, ...] = ()
+    encoder_id: str = ""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -288,6 +290,7 @@ class Manifest:
             "components": {name: spec.to_json() for name, spec in self.components.items()},
             "targets": list(self.targets),
             "profiles": [profile.to_json() for profile in self.profiles],
+            "encoder_id": self.encoder_id,
             "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
         }
         content = json.loads(json.dumps(content))
@@ -331,6 +334,7 @@ class Manifest:
                 components={str(k): ComponentSpec.from_json(v) for k, v in content["components"].items()},
                 targets=tuple(str(target) for target in content.get("targets", ())),
                 profiles=tuple(VideoProfile.from_json(profile) for profile in content.get("profiles", ())),
+                encoder_id=str(content["encoder_id"]),
                 files={str(path): FileEntry(**entry) for path, entry in content["files"].items()},
             )
             written_id = content["bundle_id"]

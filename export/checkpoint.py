@@ -71,6 +71,15 @@ class Checkpoint:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def encoder_digest(self) -> str:
+        """A hash over what decides a prompt's embeddings: the text encoder and its tokenizer."""
+        content = {
+            "config": self.configs.networks["text_encoder"],
+            "tokenizer": _hashes([self.tokenizer]),
+            "weights": _hashes(self.weights["text_encoder"].files),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def _hashes(files: Sequence[Path]) -> list[str]:
     """Hashes of files of one folder."""

@@ -27,7 +27,7 @@ DTYPES = {
 }
 BAND = 64  # rows: a band of the widest matrix fits a core's cache
 Precision = Literal["fp32", "fp16", "bf16"]
-PRECISIONS = ("fp32", "fp16")  # of a bundle; a component's may be bf16 where that is the better half precision
+PRECISIONS = ("fp32", "fp16", "bf16")
 COMPUTE_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

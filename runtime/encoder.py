@@ -16,6 +16,7 @@ from t2v_rt.errors import EngineError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.prompt import PromptTokenizer
+from t2v_rt.runtime.prompt_cache import PromptCache
 
 Array = NDArray[np.float32]
 CACHED_TEXTS = 64  # the embeddings of 64 prompts of 512 tokens at Wan's width are 0.5 GB; most are 20 times shorter
@@ -30,6 +31,7 @@ class PromptEncoder:
         table: of the token embeddings.
         open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done with
             when the next one is; called only when a text is not cached.
+        kept: embeddings of earlier processes, or None.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class PromptEncoder:
         tokenizer: PromptTokenizer,
         table: EmbeddingTable,
         open_engines: Callable[[], Generator[Engine, None, None]],
+        kept: PromptCache | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._table = table
         self._open = open_engines
+        self._kept = kept
         self._cache: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
         self._running = threading.Lock()
@@ -80,10 +84,28 @@ class PromptEncoder:
 
     def _run(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of texts, each at its own length L; remembered."""
-        if not texts:
-            return {}
+        ids = {text: self._tokenizer.encode(text) for text in texts}
+        found = {}
+        for text in texts if self._kept is not None else ():
+            rows = self._kept.get(ids[text], self._model.text_dim) if self._kept is not None else None
+            if rows is not None:
+                found[text] = rows
+        new = {text: ids[text] for text in texts if text not in found}
+        made = dict(zip(new, self._infer(list(new.values())), strict=True)) if new else {}
+        for text, rows in made.items():
+            if self._kept is not None:
+                self._kept.put(ids[text], rows)
+        found |= made
+        with self._lock:
+            self._cache.update(found)
+            while len(self._cache) > CACHED_TEXTS:
+                self._cache.popitem(last=False)
+        return found
+
+    def _infer(self, ids: Sequence[NDArray[np.int64]]) -> list[Array]:
+        """Embeddings (L, D) of token ids (L,)."""
         model = self._model
-        hidden = [self._table.rows(self._tokenizer.encode(text)) for text in texts]
+        hidden = [self._table.rows(tokens) for tokens in ids]
         buckets = [
             wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
         ]
@@ -93,12 +115,7 @@ class PromptEncoder:
                     (hidden[i],) = engine.infer({"hidden_states": states, "relative_buckets": relative}).values()
         for embeds in hidden:
             check_finite(embeds, "encode", "the text encoder")
-        found = {text: embeds[0] for text, embeds in zip(texts, hidden, strict=True)}
-        with self._lock:
-            self._cache.update(found)
-            while len(self._cache) > CACHED_TEXTS:
-                self._cache.popitem(last=False)
-        return found
+        return [embeds[0] for embeds in hidden]
 
 
 def check_finite(array: NDArray[np.floating], stage: str, what: str) -> None:

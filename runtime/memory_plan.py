@@ -156,8 +156,10 @@ def make_plan(
     latents = batch * channels * frames * height * width * FLOAT
     calls = 2 * batch if one_batch else batch
     text = model.text_length * model.text_dim * FLOAT
-    encoder = components["text_encoder"]
-    encode = _encode_stage(encoder, model.text_length, text)
+    encoder = components.get("text_encoder")
+    encode = StageMemory("encode", 0, 0, 0, 0)
+    if encoder is not None:
+        encode = _encode_stage(encoder, model.text_length, text)
     sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
     told = built_context(components["transformer"], "model", sizes)
     denoise = StageMemory(
@@ -180,11 +182,12 @@ def make_plan(
     return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), encoder, limit)
 
 
-def _settled(plan: MemoryPlan, encoder: ComponentSpec, limit: int | None) -> MemoryPlan:
+def _settled(plan: MemoryPlan, encoder: ComponentSpec | None, limit: int | None) -> MemoryPlan:
     """The plan of loaded weights, with fewer of them loaded where they do not keep to the limit together."""
     if limit is None or plan.peak_bytes <= limit:
         return plan
-    encode = replace(plan.stages[0], weights_bytes=max(part.weights_bytes for part in encoder.parts))
+    parts = encoder.parts if encoder is not None else ()
+    encode = replace(plan.stages[0], weights_bytes=max((part.weights_bytes for part in parts), default=0))
     return replace(plan, stages=(encode, *plan.stages[1:]), resident=plan.budget_bytes is None, streamed=True)
 
 

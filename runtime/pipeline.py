@@ -48,6 +48,7 @@ class TextToVideoPipeline:
         provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
+        prompt_cache: whether prompt embeddings are kept in the user's cache.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class TextToVideoPipeline:
         vram_budget: int | None = None,
         provider: str = "cpu",
         vae_tiles: Grid | None = None,
+        prompt_cache: bool = False,
     ) -> None:
         self.bundle = bundle
         self.provider = provider
         manifest = bundle.manifest
         self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
         self.vram_budget = backend.memory_bytes if vram_budget is None else vram_budget
-        self.stages = Stages(bundle, backend, self.vram_budget, vae_tiles)
+        self.stages = Stages(bundle, backend, self.vram_budget, vae_tiles, prompt_cache)
 
     @classmethod
     def from_pretrained(
@@ -76,6 +78,7 @@ class TextToVideoPipeline:
         threads: int | None = None,
         vae_tiles: str | Sequence[int] | None = None,
         trust: bool = False,
+        prompt_cache: bool = True,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
@@ -88,6 +91,8 @@ class TextToVideoPipeline:
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
             trust: whether plans may be run that were not built on this machine by this user; they are native code.
+            prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is
+                encoded once on a machine.
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
@@ -100,7 +105,7 @@ class TextToVideoPipeline:
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
         engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
-        return cls(bundle, engines, budget, provider, grid)
+        return cls(bundle, engines, budget, provider, grid, prompt_cache)
 
     @property
     def manifest(self) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Request:
         return {
             "prompt": self.prompts[0] if single else list(self.prompts),
             "negative_prompt": self.negative_prompts[0] if single else list(self.negative_prompts),
+            **_digests(prompt_embeds=self.prompt_embeds, negative_prompt_embeds=self.negative_prompt_embeds),
             "seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
             "height": self.height,
             "width": self.width,
@@ -91,6 +93,15 @@ class Request:
             "step_cache": self.step_cache,
             "scheduler": dict(scheduler),
         }
+
+
+def _digests(**arrays: Array | None) -> dict[str, str]:
+    """What stands for arrays that were given."""
+    return {
+        f"{name}_sha256": hashlib.sha256(array.tobytes()).hexdigest()
+        for name, array in arrays.items()
+        if array is not None
+    }
 
 
 def make_request(

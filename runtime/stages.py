@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from t2v_rt.engines import platform
 from t2v_rt.engines.backends import Backend, load_parts
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component, Engine
+from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import OutOfMemoryError, RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
@@ -25,11 +27,22 @@ from t2v_rt.runtime.first_use import prove
 from t2v_rt.runtime.frame_decoder import FrameDecoder
 from t2v_rt.runtime.memory_plan import MemoryPlan, decode_ways, make_plan, on_card
 from t2v_rt.runtime.prompt import PromptTokenizer
+from t2v_rt.runtime.prompt_cache import PromptCache
 from t2v_rt.runtime.tiles import Grid
 
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
+
+
+def encoder_files(manifest: Manifest) -> str:
+    """A hash over the text encoder's files in a bundle and its tokenizer."""
+    hashes = [
+        entry.sha256
+        for path, entry in sorted(manifest.files.items())
+        if path.startswith(("text_encoder/", "tokenizer/"))
+    ]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Stages:
@@ -40,10 +53,16 @@ class Stages:
         backend: loads its engines.
         budget: bytes the engines may take together; where all do not fit, each is released after its stage.
         vae_tiles: tiles of the VAE decoder's tail; None for as few as the budget allows.
+        prompt_cache: whether embeddings are kept from process to process.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, budget: int | None = None, vae_tiles: Grid | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        budget: int | None = None,
+        vae_tiles: Grid | None = None,
+        prompt_cache: bool = False,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -59,13 +78,26 @@ class Stages:
         weights = sum(spec.weights_bytes for spec in components.values())
         self._stream = not self._keep or (self._room is not None and weights > self._room)
         self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
-        embedding = components["text_encoder"].embedding
-        assert embedding is not None
-        table = EmbeddingTable(bundle.folder, embedding)
-        self._encoder = PromptEncoder(model, self.tokenizer, table, self._text_engines)
+        self._encoder: PromptEncoder | None = None
+        if "text_encoder" in components:
+            embedding = components["text_encoder"].embedding
+            assert embedding is not None
+            table = EmbeddingTable(bundle.folder, embedding)
+            kept = PromptCache(f"{encoder_files(self.manifest)}\n{backend.identity}") if prompt_cache else None
+            self._encoder = PromptEncoder(model, self.tokenizer, table, self._text_engines, kept)
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
-        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
+        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls.
+
+        Raises:
+            RequestError: the bundle has no text encoder.
+            EngineError: it failed.
+        """
+        if self._encoder is None:
+            raise RequestError(
+                f"{self.bundle.folder} was built without its text encoder ({self.manifest.encoder_id}); give prompt "
+                "embeddings: t2v-rt encode makes them with a bundle that has it"
+            )
         return self._encoder.encode(texts)
 
     def _text_engines(self) -> Generator[Engine, None, None]:

@@ -40,6 +40,7 @@ def build_engines(
     num_frames: Sizes = None,
     gpus: str | Sequence[str] | None = None,
     vram_budget: int | str | None = None,
+    with_text_encoder: bool = True,
     force: bool = False,
     progress: Tell | None = None,
 ) -> Bundle:
@@ -58,7 +59,8 @@ def build_engines(
         revision: of a checkpoint on the hub: branch, tag or commit.
         backend: `onnxruntime`, `tensorrt-rtx` (builds plans for named GPUs, needs none) or `tensorrt` (builds plans for
             the GPU it runs on).
-        precision: of matmul and convolution operands: `fp32` or `fp16`; None for the backend's own, `fp16` for plans.
+        precision: of matmul and convolution operands: `fp32` or `fp16`, of plans `fp16` or `bf16` (denoiser and text
+            encoder; not for sm75); None for the backend's own, `fp16` for plans.
         height: default height of requests in pixels, instead of the checkpoint's. Plans are built for it; for them it
             may be a range or several sizes, see `engines.plans.parse_profiles`.
         width: default width, likewise.
@@ -66,6 +68,8 @@ def build_engines(
         gpus: that TensorRT-RTX builds for, such as "sm86,sm89"; None for all from sm80 on.
         vram_budget: memory of the smallest card it is for, bytes or text such as `4GiB`: the text encoder comes in
             engines of which one at a time fits there; None for engines of 3 GB at most, which suits most cards.
+        with_text_encoder: whether the bundle gets its text encoder; without it, videos are made from prompt embeddings
+            (`t2v-rt encode`).
         force: build anew even where an existing bundle, or parts of one, could be reused.
         progress: called as `f(step, done, total)`.
 
@@ -84,7 +88,9 @@ def build_engines(
     target = Path(output)
     platform.check_writable_parent(target)
     sizes = (height, width, num_frames)
-    job, manifest = BuildRequest(checkpoint, files, revision, backend, precision, sizes, gpus, vram_budget).prepare()
+    job, manifest = BuildRequest(
+        checkpoint, files, revision, backend, precision, sizes, gpus, vram_budget, with_text_encoder
+    ).prepare()
     if not force and (existing := _reusable(target, manifest)) is not None:
         return existing
     with open_work(target, manifest.fingerprint, fresh=force) as work:
@@ -118,6 +124,7 @@ class BuildRequest:
     sizes: tuple[Sizes, Sizes, Sizes] = (None, None, None)
     gpus: str | Sequence[str] | None = None
     vram_budget: int | str | None = None
+    with_text_encoder: bool = True
     estimate: bool = False
 
     def prepare(self) -> tuple[BuildJob, Manifest]:
@@ -133,7 +140,8 @@ class BuildRequest:
         except ImportError as exc:
             raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
         precision = _precision(self.backend, self.precision)
-        job = BuildJob(self._open(), self.backend, precision, targets, _shard_bytes(self.vram_budget))
+        shard_bytes = _shard_bytes(self.vram_budget)
+        job = BuildJob(self._open(), self.backend, precision, targets, shard_bytes, self.with_text_encoder)
         manifest = job.manifest(self.sizes, estimate=self.estimate)
         _check_request(manifest)
         return job, manifest
@@ -166,8 +174,9 @@ def _build(job: BuildJob, parts: Sequence[Part], manifest: Manifest, work: Work,
         told(f"self_test.{name}")
         if job.can_run_reference(name, components[name], work.bundle):
             work.part(f"self_test.{name}", partial(job.record_self_test, name, components[name], manifest, work))
-    embedding = EmbeddingSpec(**work.part("embedding", partial(job.copy_embedding, work)))
-    components["text_encoder"] = replace(components["text_encoder"], embedding=embedding)
+    if job.with_text_encoder:
+        embedding = EmbeddingSpec(**work.part("embedding", partial(job.copy_embedding, work)))
+        components["text_encoder"] = replace(components["text_encoder"], embedding=embedding)
     work.part("tokenizer", partial(job.copy_tokenizer, work))
     told("hash")
     return write_manifest(work.bundle, manifest.with_components(components), work.files)
@@ -185,8 +194,10 @@ def _precision(backend: str, given: str | None) -> str:
     from t2v_rt.export.graph import check_precision
 
     precision = check_precision(given or PRECISIONS.get(backend, "fp16"))
-    if backend != "onnxruntime" and precision != "fp16":
-        raise RequestError(f"precision is {precision!r}; backend {backend} has fused attention for fp16 only")
+    known = ("fp32", "fp16") if backend == "onnxruntime" else ("fp16", "bf16")
+    if precision not in known:
+        why = "its processors lack it" if backend == "onnxruntime" else "it has fused attention for these only"
+        raise RequestError(f"precision is {precision!r}; backend {backend} takes {' or '.join(known)}: {why}")
     return precision
 
 

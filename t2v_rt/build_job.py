@@ -67,6 +67,7 @@ class BuildJob:
         precision: a known one.
         targets: GPUs by name, or none.
         shard_bytes: what an engine of the text encoder may take of a card.
+        with_text_encoder: whether it is in the bundle.
     """
 
     source: Checkpoint
@@ -74,6 +75,18 @@ class BuildJob:
     precision: str
     targets: tuple[str, ...]
     shard_bytes: int
+    with_text_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and "sm75" in self.targets:
+            raise RequestError(
+                "precision is 'bf16', which sm75 does not multiply; use fp16, or leave sm75 out of --gpu"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Components of the bundle."""
+        return tuple(name for name in wan.COMPONENTS if self.with_text_encoder or name != "text_encoder")
 
     @cached_property
     def configs(self) -> wan.WanConfigs:
@@ -103,6 +116,7 @@ class BuildJob:
             components={},
             targets=self.targets,
             profiles=profiles if self.makes_plans else (),
+            encoder_id="" if estimate else self.source.encoder_digest()[:16],
         )
 
     def _fingerprint(self, builder: Mapping[str, str], profiles: Sequence[VideoProfile]) -> str:
@@ -121,6 +135,7 @@ class BuildJob:
             "backend": self.backend,
             "precision": self.precision,
             "targets": self.targets,
+            "components": self.names,
             "profiles": [profile.to_json() for profile in profiles],
             "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
             "code": code.hexdigest(),
@@ -132,7 +147,7 @@ class BuildJob:
         """The parts of all components, in the order they are made."""
         configs, precision = self.configs, check_precision(self.precision)
         if not self.makes_plans:
-            return tuple(Part(name, roles, precision) for name in wan.COMPONENTS for roles in configs.parts(name))
+            return tuple(Part(name, roles, precision) for name in self.names for roles in configs.parts(name))
         turing = "sm75" in self.targets  # which multiplies neither float32 nor bfloat16
         tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
         ranges = component_ranges(manifest.model, manifest.profiles, tiles, configs.roles("text_encoder"))
@@ -141,12 +156,12 @@ class BuildJob:
             Part(
                 name,
                 roles,
-                "bf16" if name == "text_encoder" and not turing else precision,
+                _plan_precision(name, precision, turing),
                 forms[name],
                 ranges[name],
                 tiles if name == "vae_decoder" else None,
             )
-            for name in wan.COMPONENTS
+            for name in self.names
             for roles in configs.parts(name)
         )
 
@@ -213,6 +228,17 @@ class BuildJob:
                 platform.remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
         return {}
+
+
+def _plan_precision(component: str, wanted: Precision, turing: bool) -> Precision:
+    """The half precision that suits a component of plans.
+
+    The text encoder overflows in fp16 unless parts of it are kept in float32; the VAE decoder needs the finer steps of
+    fp16, and its caches cross the engines' boundary, which NumPy has no bfloat16 for.
+    """
+    if component == "vae_decoder":
+        return "fp16"
+    return "bf16" if component == "text_encoder" and not turing else wanted
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line: `t2v-rt build-engines | generate | inspect | plan | verify | doctor`."""
+"""The command line: `t2v-rt build-engines | encode | generate | inspect | plan | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from t2v_rt.errors import EngineError, RequestError, T2VError
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
 GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
+ENCODE_EXAMPLE = 'example: t2v-rt encode "a red ball bouncing" --engines build/demo --output ball.npz'
 INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
 PLAN_EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
 VERIFY_EXAMPLE = "example: t2v-rt verify build/demo"
@@ -71,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"t2v-rt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build(commands)
+    _add_encode(commands)
     _add_generate(commands)
     _add_inspect(commands)
     _add_plan(commands)
@@ -103,7 +105,8 @@ def _add_build(commands: Any) -> None:
         add(f"--{network}", metavar="FILE", help=f"single safetensors file instead of the checkpoint's {network}")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or its folder, likewise")
     add("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
-    add("--precision", help="fp32 (default of onnxruntime) or fp16 (of the others)")
+    add("--precision", help="fp32 (default of onnxruntime) or fp16 (of the others); bf16 for plans")
+    add("--without-text-encoder", action="store_true", help="leave it out: prompts come as files of t2v-rt encode")
     add("--height", metavar="SIZE", help="of videos, in pixels; for plans also a range or several: 480:720, 480,832")
     add("--width", metavar="SIZE", help="likewise")
     add("--num-frames", metavar="SIZE", help="likewise, in frames")
@@ -114,6 +117,25 @@ def _add_build(commands: Any) -> None:
         help="of the smallest card it is for: the text encoder's engines fit one by one",
     )
     add("--force", action="store_true", help="build even where the bundle there could be reused")
+
+
+def _add_encode(commands: Any) -> None:
+    text = "Encode a prompt into a file, for machines that have no room for the text encoder."
+    add = _command(commands, "encode", run_encode, text, ENCODE_EXAMPLE).add_argument
+    add("prompt", metavar="PROMPT", help="what to show, in English or Chinese")
+    add("--engines", required=True, metavar="BUNDLE", help="folder that build-engines wrote")
+    add("--output", required=True, metavar="FILE", help=".npz, for generate --prompt-embeds")
+    add("--negative-prompt", metavar="TEXT", help="what to steer away from; the bundle's own where it is left out")
+    _add_engines(add)
+    add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
+
+
+def _add_engines(add: Any) -> None:
+    """Where engines run."""
+    add("--backend", help="must be the one that the bundle was built for")
+    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
+    add("--threads", type=int, help="threads per engine; all cores where it is left out")
+    add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
 
 
 def _add_generate(commands: Any) -> None:
@@ -140,10 +162,13 @@ def _add_generate(commands: Any) -> None:
     add("--sigmas", type=numbers, metavar="S,S,…", help="likewise, as noise levels")
     add("--scheduler", metavar="NAME", help="unipc, euler …; the checkpoint's own where it is left out")
     add("--flow-shift", type=float, help="shift of the noise schedule")
-    add("--backend", help="must be the one that the bundle was built for")
-    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
-    add("--threads", type=int, help="threads per engine; all cores where it is left out")
-    add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
+    _add_engines(add)
+    add(
+        "--prompt-embeds",
+        metavar="FILE",
+        help="prompt and negative prompt as t2v-rt encode wrote them, instead of PROMPT",
+    )
+    add("--no-prompt-cache", action="store_true", help="neither look up nor keep embeddings in the user's cache")
     add("--vram-budget", metavar="SIZE", help="memory the engines may take, such as 8GiB")
     add("--vae-tiles", metavar="RxC", help="decode in so many tiles, such as 2x3; as few as fit where it is left out")
     add("--contact-sheet", metavar="FILE", help="also write all frames side by side as a png")
@@ -182,10 +207,7 @@ def _add_verify(commands: Any) -> None:
     text = "Hold a bundle's engines, on this machine, against the answers of their float32 reference."
     add = _command(commands, "verify", run_verify, text, VERIFY_EXAMPLE).add_argument
     add("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
-    add("--backend", help="must be the one that the bundle was built for")
-    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
-    add("--threads", type=int, help="threads per engine; all cores where it is left out")
-    add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
+    _add_engines(add)
 
 
 def run_build(options: argparse.Namespace) -> None:
@@ -211,6 +233,7 @@ def run_build(options: argparse.Namespace) -> None:
             num_frames=options.num_frames,
             gpus=options.gpu,
             vram_budget=options.vram_budget,
+            with_text_encoder=not options.without_text_encoder,
             force=options.force,
             progress=lambda step, done, total: bars.update("build", done, total, detail=step),
         )
@@ -273,6 +296,26 @@ def run_inspect(options: argparse.Namespace) -> None:
 
     report = inspect_bundle(options.bundle)
     show(options, report, describe(report))
+
+
+def run_encode(options: argparse.Namespace) -> None:
+    """`encode`."""
+    from t2v_rt.encode import encode
+
+    report = encode(
+        options.prompt,
+        options.output,
+        options.engines,
+        negative_prompt=options.negative_prompt,
+        backend=options.backend,
+        provider=options.provider,
+        threads=options.threads,
+        vram_budget=options.vram_budget,
+        trust=options.trust,
+    )
+    tokens = " and ".join(map(str, report["tokens"]))
+    lines = [f"output   {report['output']}", f"encoder  {report['encoder_id']}", f"tokens   {tokens}"]
+    show(options, report, [*lines, f"seconds  {report['seconds']:.2f}"])
 
 
 def run_plan(options: argparse.Namespace) -> None:

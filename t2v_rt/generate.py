@@ -17,6 +17,7 @@ from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
 from t2v_rt.runtime.pipeline import StepCallback, TextToVideoPipeline
+from t2v_rt.runtime.prompt_file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write_png
@@ -48,14 +49,18 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         provider=options.provider,
         threads=options.threads,
         trust=options.trust,
+        prompt_cache=not options.no_prompt_cache,
         vae_tiles=options.vae_tiles,
     )
     _set_scheduler(pipe, options)
     if options.from_latents is None:
-        stream = _start(pipe, options, progress)
-        settings, frames = stream.settings, iter(stream)
+        embeds = None if options.prompt_embeds is None else load_prompt(options.prompt_embeds, pipe.manifest)
+        stream = _start(pipe, options, embeds, progress)
+        settings, frames = dict(stream.settings), iter(stream)
+        if embeds is not None:
+            settings |= {"prompt": embeds.prompt, "negative_prompt": embeds.negative_prompt}
         if options.output is None:
-            return _sample_only(pipe, options, stream)
+            return _sample_only(pipe, options, stream, settings)
     else:
         latents, settings = _read_latents(pipe, options.from_latents)
         stream = None
@@ -79,8 +84,10 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 def _check_options(options: argparse.Namespace) -> None:
     """What can be refused before the bundle is opened."""
-    if (options.prompt is None) == (options.from_latents is None):
-        raise RequestError("give either a PROMPT or --from-latents FILE")
+    if [options.prompt, options.prompt_embeds, options.from_latents].count(None) != 2:
+        raise RequestError("give one of PROMPT, --prompt-embeds FILE and --from-latents FILE")
+    if options.prompt_embeds is not None and options.negative_prompt is not None:
+        raise RequestError("--prompt-embeds has its negative prompt in the file; leave --negative-prompt out")
     if options.output is None and options.save_latents is None:
         raise RequestError("give --output FILE, or --save-latents FILE to stop after sampling")
     if options.from_latents is not None and options.save_latents is not None:
@@ -119,10 +126,14 @@ def _set_scheduler(pipe: TextToVideoPipeline, options: argparse.Namespace) -> No
     pipe.scheduler = get_scheduler(name, config, **overrides)
 
 
-def _start(pipe: TextToVideoPipeline, options: argparse.Namespace, progress: Progress) -> FrameStream:
+def _start(
+    pipe: TextToVideoPipeline, options: argparse.Namespace, embeds: PromptEmbeds | None, progress: Progress
+) -> FrameStream:
     return pipe.stream(
         options.prompt,
         negative_prompt=options.negative_prompt,
+        prompt_embeds=None if embeds is None else embeds.prompt_embeds,
+        negative_prompt_embeds=None if embeds is None else embeds.negative_prompt_embeds,
         height=options.height,
         width=options.width,
         num_frames=options.num_frames,
@@ -153,12 +164,14 @@ def _preview_writer(path: Path) -> StepCallback:
     return write
 
 
-def _sample_only(pipe: TextToVideoPipeline, options: argparse.Namespace, stream: FrameStream) -> dict[str, Any]:
+def _sample_only(
+    pipe: TextToVideoPipeline, options: argparse.Namespace, stream: FrameStream, settings: dict[str, Any]
+) -> dict[str, Any]:
     latents = stream.sample()
-    save_latents(options.save_latents, latents, stream.settings)
+    save_latents(options.save_latents, latents, settings)
     return {
         "output": str(options.save_latents),
-        **stream.settings,
+        **settings,
         "bundle_id": pipe.manifest.bundle_id,
         "stage_seconds": dict(stream.stage_seconds),
         "step_calls": list(stream.step_calls),

@@ -70,7 +70,7 @@ def estimate_needs(job: BuildJob, outline: Sequence[ComponentSpec]) -> Needs:
 
     encoder = job.source.weights["text_encoder"]
     table = embedding_name(encoder)
-    fixed = encoder.copied_bytes(table) + OVERHEAD
+    fixed = (encoder.copied_bytes(table) if job.with_text_encoder else 0) + OVERHEAD
     if job.makes_plans:  # a part's graphs lie beside its plans while those are built; plans share no weights
         graphs = [graph.weights_bytes for part in outline for graph in part.graphs.values()]
         exported = max(part.weights_bytes for part in outline)

@@ -161,7 +161,7 @@ def test_a_bundle_from_elsewhere_is_not_reused(
         ({"backend": RTX, "gpus": []}, BackendError, "expected one or more of sm75"),
         ({"backend": "tensorrt", "gpus": "sm89"}, BackendError, "does not build for named GPUs"),
         ({"gpus": "sm89"}, BackendError, "does not build for named GPUs"),
-        ({"backend": RTX, "precision": "fp32"}, RequestError, "fp16 only"),
+        ({"backend": RTX, "precision": "fp32"}, RequestError, "takes fp16 or bf16"),
         ({"backend": RTX, "height": "24:32"}, RequestError, "height is 24; expected a multiple of 16"),
         ({"backend": RTX, "num_frames": "5:8"}, RequestError, "num_frames is 8; expected"),
         ({"height": "32:48"}, RequestError, "take any size"),

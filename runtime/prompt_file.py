@@ -1,0 +1,119 @@
+"""Prompt embeddings on disk: made where the text encoder runs, used where it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.manifest import Manifest
+from t2v_rt.errors import RequestError
+
+Array = NDArray[np.float32]
+SUFFIX = ".npz"
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """A prompt and a negative prompt, encoded.
+
+    Args:
+        prompt: its text.
+        negative_prompt: likewise.
+        prompt_embeds: float32 (1, L, D), padded with zeros.
+        negative_prompt_embeds: likewise.
+    """
+
+    prompt: str
+    negative_prompt: str
+    prompt_embeds: Array
+    negative_prompt_embeds: Array
+
+
+def check_prompt_path(path: str | Path) -> Path:
+    """Checks that embeddings can be written to a path; raises RequestError where they cannot."""
+    target = Path(path)
+    if target.suffix.lower() != SUFFIX or target.is_dir():
+        raise RequestError(f"{target}: prompt embeddings are kept in a {SUFFIX} file; give a name that ends so")
+    platform.check_writable_parent(target)
+    return target
+
+
+def save_prompt(path: str | Path, embeds: PromptEmbeds, manifest: Manifest) -> None:
+    """Writes embeddings, each at its own length, whole or not at all; the same ones give the same bytes.
+
+    Args:
+        path: of the .npz file.
+        embeds: to write.
+        manifest: of the bundle that encoded them.
+
+    Raises:
+        RequestError: the path cannot be written to.
+    """
+    target = check_prompt_path(path)
+    told = {
+        "encoder_id": manifest.encoder_id,
+        "prompt": embeds.prompt,
+        "negative_prompt": embeds.negative_prompt,
+    }
+    arrays: dict[str, NDArray[Any]] = {"told": np.array(json.dumps(told, ensure_ascii=False))}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        arrays[name] = _unpadded(getattr(embeds, name)[0])
+    temporary = platform.temporary_sibling(target)
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+        platform.replace_file(temporary, target)
+    finally:
+        platform.remove_tree(temporary)
+
+
+def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
+    """Reads what `save_prompt` wrote, padded as the pipeline takes it.
+
+    Args:
+        path: of the file.
+        manifest: of the bundle that will use them.
+
+    Raises:
+        RequestError: the file is missing, damaged, or of another text encoder.
+    """
+    try:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+            told: dict[str, Any] = dict(json.loads(str(content["told"])))
+            arrays = [content["prompt_embeds"], content["negative_prompt_embeds"]]
+            encoder = str(told["encoder_id"])
+            texts = str(told["prompt"]), str(told["negative_prompt"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as exc:
+        raise RequestError(f"{path}: no prompt embeddings can be read ({exc}); make them with t2v-rt encode") from exc
+    if encoder != manifest.encoder_id:
+        raise RequestError(
+            f"{path} was made by the text encoder {encoder}, the bundle's is {manifest.encoder_id}; make it again with "
+            "t2v-rt encode and a bundle of the same checkpoint"
+        )
+    model = manifest.model
+    for array in arrays:
+        if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != model.text_dim:
+            raise RequestError(
+                f"{path} holds {array.dtype} {list(array.shape)}; expected float32 [positions, {model.text_dim}]"
+            )
+        if len(array) > model.text_length or not np.all(np.isfinite(array)):
+            raise RequestError(f"{path} is damaged: too many positions or values that are not finite; make it again")
+    return PromptEmbeds(*texts, *(_padded(array, model.text_length) for array in arrays))
+
+
+def _unpadded(rows: Array) -> Array:
+    used = np.flatnonzero(np.any(rows != 0, axis=1))
+    return rows[: used[-1] + 1 if used.size else 0]
+
+
+def _padded(rows: Array, length: int) -> Array:
+    result = np.zeros((1, length, rows.shape[1]), np.float32)
+    result[0, : len(rows)] = rows
+    return result
