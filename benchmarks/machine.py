@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("t2v-rt", "numpy", "onnxruntime", "torch", "diffusers", "transformers")
+PACKAGES = ("t2v-rt", "numpy", "onnxruntime", "tensorrt-rtx", "torch", "diffusers", "transformers")
 
 
 def describe_machine() -> dict[str, object]:
