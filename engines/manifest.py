@@ -127,6 +127,9 @@ class ComponentSpec:
         weights_bytes: bytes of weights, shared by the graphs.
         tiles: of the VAE decoder's tail.
         embedding: of the text encoder.
+        weights: `int8` or `int4` where matrices are stored so, else empty.
+        weights_error: what that costs: the largest difference of the self-test's answers, relative to the largest
+            answer, as ONNX Runtime computes them; None where nothing was measured.
     """
 
     graphs: Mapping[str, GraphSpec]
@@ -134,6 +137,8 @@ class ComponentSpec:
     weights_bytes: int
     tiles: TileSpec | None = None
     embedding: EmbeddingSpec | None = None
+    weights: str = ""
+    weights_error: float | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -158,6 +163,8 @@ class ComponentSpec:
             "weights_bytes": self.weights_bytes,
             "tiles": None if self.tiles is None else asdict(self.tiles),
             "embedding": None if self.embedding is None else asdict(self.embedding),
+            "weights": self.weights,
+            "weights_error": self.weights_error,
         }
 
     @classmethod
@@ -165,7 +172,16 @@ class ComponentSpec:
         graphs = {str(role): GraphSpec.from_json(graph) for role, graph in fields["graphs"].items()}
         tiles = None if fields["tiles"] is None else TileSpec.from_json(fields["tiles"])
         embedding = None if fields["embedding"] is None else EmbeddingSpec(**fields["embedding"])
-        return cls(graphs, str(fields["precision"]), int(fields["weights_bytes"]), tiles, embedding)
+        error = fields["weights_error"]
+        return cls(
+            graphs,
+            str(fields["precision"]),
+            int(fields["weights_bytes"]),
+            tiles,
+            embedding,
+            str(fields["weights"]),
+            None if error is None else float(error),
+        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from t2v_rt.engines.specs import DTYPES as BOUNDARY_DTYPES
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import RequestError
+from t2v_rt.export.quantize import BLOCK, Quantization
 from t2v_rt.export.weights import CheckpointWeights, Transform, WeightFile, WeightPlace
 
 OPSET = 23  # the first with Attention
@@ -24,7 +25,12 @@ DTYPES = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "int4": TensorProto.INT4,
 }
+OWN_DOMAIN = "com.microsoft"  # of ONNX Runtime's operators
+INT8_PRODUCTS = 4  # accuracy level of MatMulNBits: activations in 8 bits too, ten times as fast as exact products
 BAND = 64  # rows: a band of the widest matrix fits a core's cache
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -48,12 +54,14 @@ class Form:
         text_rows: positions of the text where it always comes padded to all of them, None where it comes as short as it
             is and with a bias.
         float32_matmul: whether the engine can multiply float32 matrices.
+        quantization: of the matrices of Linears, or None.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     slices: int = 1
     text_rows: int | None = None
     float32_matmul: bool = True
+    quantization: Quantization | None = None
 
 
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -188,8 +196,26 @@ class GraphWriter:
 
     def linear(self, x: str, name: str, n_in: int, n_out: int, *, bias: bool = True) -> str:
         """A torch Linear of the checkpoint, on and to the compute dtype."""
-        y = self.op("MatMul", x, self.weight(f"{name}.weight", (n_out, n_in), transpose))
+        scheme = self.form.quantization
+        if scheme is not None and scheme.fits(n_in, n_out):
+            y = self._quantized(x, f"{name}.weight", n_in, n_out, scheme)
+        else:
+            y = self.op("MatMul", x, self.weight(f"{name}.weight", (n_out, n_in), transpose))
         return self.add(y, self.weight(f"{name}.bias", (n_out,))) if bias else y
+
+    def _quantized(self, x: str, name: str, n_in: int, n_out: int, scheme: Quantization) -> str:
+        parts = [f"{name}.{part}" for part in scheme.outline(n_in, n_out, self.compute_dtype)]
+        if parts[0] not in self.store.places:
+            self.store.add_quantized(name, self.weights, (n_out, n_in), scheme, self.compute_dtype)
+        for part in parts:
+            place = self.store.places[part]
+            self.weights_bytes += place.length
+            self._initializers[part] = _external(part, self.store.path.name, place)
+        if scheme.nodes == "MatMulNBits":
+            sizes = {"K": n_in, "N": n_out, "bits": scheme.bits, "block_size": BLOCK}
+            return self.op("MatMulNBits", x, *parts, domain=OWN_DOMAIN, accuracy_level=INT8_PRODUCTS, **sizes)
+        blocks = {"axis": 1} if scheme.bits == 8 else {"axis": 0, "block_size": BLOCK}
+        return self.op("MatMul", x, self.op("DequantizeLinear", *parts, **blocks))
 
     def linear_full(self, x: str, name: str, n_in: int, n_out: int) -> str:
         """A torch Linear of the checkpoint in float32 at any precision, on a value (B, n_in)."""
@@ -234,9 +260,10 @@ class GraphWriter:
             [_value_info(spec, self.form.sizes) for spec in self.outputs],
             [tensor for name, tensor in self._initializers.items() if name in used],
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="t2v-rt"
-        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == OWN_DOMAIN for node in self._nodes):
+            opsets.append(helper.make_opsetid(OWN_DOMAIN, 1))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="t2v-rt")
         path.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -175,7 +175,7 @@ def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) 
     dense = f"{name}.DenseReluDense"
     gate, linear = (g.linear(normed, f"{dense}.wi_{i}", config.dim, config.ffn_dim, bias=False) for i in (0, 1))
     inner = g.mul(g.full(g.op("Gelu", gate, approximate="tanh")), g.full(linear))
-    if g.precision == "bf16":
+    if g.precision in ("bf16", "fp32"):
         return g.full(g.linear(g.half(inner), f"{dense}.wo", config.ffn_dim, config.dim, bias=False))
     if g.form.float32_matmul:
         wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), transpose, half=False)

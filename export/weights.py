@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export.quantize import Quantization
 
 HEADER_LIMIT = 100_000_000  # the format's own limit on the JSON header, in bytes
 ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
-STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 COPIED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of a table copied as it is
 CHUNK = 1 << 24  # bytes of a copy at a time
@@ -284,12 +285,30 @@ class WeightFile:
 
     def put(self, name: str, array: NDArray[np.float32], dtype: str) -> WeightPlace:
         """Appends a weight at the next page boundary, as `float32`, `float16` or `bfloat16`, and returns its place."""
-        values: NDArray[Any] = np.ascontiguousarray(array)
-        values = to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype, copy=False)
+        return self._append(name, _as_stored(array, dtype), dtype, array.shape)
+
+    def add_quantized(
+        self, name: str, source: CheckpointWeights, shape: tuple[int, int], scheme: Quantization, scale_dtype: str
+    ) -> None:
+        """Appends the parts of a quantized matrix of the checkpoint as `name.part`.
+
+        Args:
+            name: in the checkpoint.
+            source: the checkpoint's tensors.
+            shape: in the checkpoint (outputs, inputs), checked.
+            scheme: of its parts.
+            scale_dtype: of DequantizeLinear's scales, as for `put`.
+        """
+        outline = scheme.outline(shape[1], shape[0], scale_dtype)
+        for part, values in scheme.split(source.read(name, shape)).items():
+            dtype, stored_shape = outline[part]
+            self._append(f"{name}.{part}", _as_stored(values, dtype), dtype, stored_shape)
+
+    def _append(self, name: str, values: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> WeightPlace:
         offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
         self._stream.write(b"\0" * (offset - self._stream.tell()))
         self._stream.write(values.data)
-        self.places[name] = WeightPlace(offset, values.nbytes, dtype, array.shape)
+        self.places[name] = WeightPlace(offset, values.nbytes, dtype, shape)
         return self.places[name]
 
     def __enter__(self) -> Self:
@@ -299,6 +318,14 @@ class WeightFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
+
+
+def _as_stored(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Contiguous, floating-point values in the dtype; packed integers as they are."""
+    array: NDArray[Any] = np.ascontiguousarray(values)
+    if dtype == "bfloat16":
+        return to_bfloat16(array)
+    return array.astype(dtype, copy=False) if array.dtype == np.float32 else array
 
 
 class WeightSizes(WeightFile):
@@ -319,6 +346,15 @@ class WeightSizes(WeightFile):
         source.check(name, shape)
         self.places[name] = WeightPlace(0, prod(shape) * STORED_BYTES[dtype], dtype, shape)  # transposed or not
         return self.places[name]
+
+    def add_quantized(
+        self, name: str, source: CheckpointWeights, shape: tuple[int, int], scheme: Quantization, scale_dtype: str
+    ) -> None:
+        """Notes the parts of a matrix likewise."""
+        source.check(name, shape)
+        for part, (dtype, stored) in scheme.outline(shape[1], shape[0], scale_dtype).items():
+            length = prod(stored) // 2 if dtype == "int4" else prod(stored) * STORED_BYTES[dtype]
+            self.places[f"{name}.{part}"] = WeightPlace(0, length, dtype, stored)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -41,6 +41,7 @@ def build_engines(
     gpus: str | Sequence[str] | None = None,
     vram_budget: int | str | None = None,
     with_text_encoder: bool = True,
+    text_encoder_weights: str | None = None,
     force: bool = False,
     progress: Tell | None = None,
 ) -> Bundle:
@@ -70,6 +71,7 @@ def build_engines(
             engines of which one at a time fits there; None for engines of 3 GB at most, which suits most cards.
         with_text_encoder: whether the bundle gets its text encoder; without it, videos are made from prompt embeddings
             (`t2v-rt encode`).
+        text_encoder_weights: `int8` or `int4` stores its matrices so, and measures what that costs; None for neither.
         force: build anew even where an existing bundle, or parts of one, could be reused.
         progress: called as `f(step, done, total)`.
 
@@ -89,7 +91,16 @@ def build_engines(
     platform.check_writable_parent(target)
     sizes = (height, width, num_frames)
     job, manifest = BuildRequest(
-        checkpoint, files, revision, backend, precision, sizes, gpus, vram_budget, with_text_encoder
+        checkpoint,
+        files,
+        revision,
+        backend,
+        precision,
+        sizes,
+        gpus,
+        vram_budget,
+        with_text_encoder,
+        text_encoder_weights,
     ).prepare()
     if not force and (existing := _reusable(target, manifest)) is not None:
         return existing
@@ -125,6 +136,7 @@ class BuildRequest:
     gpus: str | Sequence[str] | None = None
     vram_budget: int | str | None = None
     with_text_encoder: bool = True
+    text_encoder_weights: str | None = None
     estimate: bool = False
 
     def prepare(self) -> tuple[BuildJob, Manifest]:
@@ -141,7 +153,8 @@ class BuildRequest:
             raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
         precision = _precision(self.backend, self.precision)
         shard_bytes = _shard_bytes(self.vram_budget)
-        job = BuildJob(self._open(), self.backend, precision, targets, shard_bytes, self.with_text_encoder)
+        with_encoder, weights = self.with_text_encoder, self.text_encoder_weights or ""
+        job = BuildJob(self._open(), self.backend, precision, targets, shard_bytes, with_encoder, weights)
         manifest = job.manifest(self.sizes, estimate=self.estimate)
         _check_request(manifest)
         return job, manifest
@@ -173,7 +186,11 @@ def _build(job: BuildJob, parts: Sequence[Part], manifest: Manifest, work: Work,
         components[name] = ComponentSpec.joined(specs)
         told(f"self_test.{name}")
         if job.can_run_reference(name, components[name], work.bundle):
-            work.part(f"self_test.{name}", partial(job.record_self_test, name, components[name], manifest, work))
+            arguments = (name, components[name], manifest, work)
+            work.part(f"self_test.{name}", partial(job.record_self_test, *arguments))
+            if components[name].weights:
+                cost = work.part(f"weights.{name}", partial(job.measure_weights, *arguments))
+                components[name] = replace(components[name], weights_error=cost["error"])
     if job.with_text_encoder:
         embedding = EmbeddingSpec(**work.part("embedding", partial(job.copy_embedding, work)))
         components["text_encoder"] = replace(components["text_encoder"], embedding=embedding)

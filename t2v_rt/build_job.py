@@ -23,10 +23,12 @@ from t2v_rt.errors import RequestError
 from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.graph import Form, Precision, check_precision
+from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
 from t2v_rt.export.weights import WeightFile, WeightSizes
 
 logger = logging.getLogger(__name__)
+FULL_SIZE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 7}  # of float32 weights, in units of those stored
 REFERENCE_GROWTH = 2.2  # of float32 weights in memory: ONNX Runtime packs the largest matrices once more
 Report = Callable[[float], None]
 Result = Mapping[str, Any]
@@ -68,6 +70,7 @@ class BuildJob:
         targets: GPUs by name, or none.
         shard_bytes: what an engine of the text encoder may take of a card.
         with_text_encoder: whether it is in the bundle.
+        text_weights: `int8` or `int4` for its matrices, or empty.
     """
 
     source: Checkpoint
@@ -76,8 +79,11 @@ class BuildJob:
     targets: tuple[str, ...]
     shard_bytes: int
     with_text_encoder: bool = True
+    text_weights: str = ""
 
     def __post_init__(self) -> None:
+        if self.text_weights:
+            Quantization(self.text_weights, "MatMulNBits")
         if self.precision == "bf16" and "sm75" in self.targets:
             raise RequestError(
                 "precision is 'bf16', which sm75 does not multiply; use fp16, or leave sm75 out of --gpu"
@@ -135,6 +141,7 @@ class BuildJob:
             "backend": self.backend,
             "precision": self.precision,
             "targets": self.targets,
+            "text_weights": self.text_weights,
             "components": self.names,
             "profiles": [profile.to_json() for profile in profiles],
             "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
@@ -147,11 +154,15 @@ class BuildJob:
         """The parts of all components, in the order they are made."""
         configs, precision = self.configs, check_precision(self.precision)
         if not self.makes_plans:
-            return tuple(Part(name, roles, precision) for name in self.names for roles in configs.parts(name))
+            return tuple(self._graphs(name, roles) for name in self.names for roles in configs.parts(name))
         turing = "sm75" in self.targets  # which multiplies neither float32 nor bfloat16
         tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
         ranges = component_ranges(manifest.model, manifest.profiles, tiles, configs.roles("text_encoder"))
         forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, not turing)
+        if self.text_weights:
+            scheme = Quantization(self.text_weights, "DequantizeLinear")
+            encoder = {role: replace(form, quantization=scheme) for role, form in forms["text_encoder"].items()}
+            forms = {**forms, "text_encoder": encoder}
         return tuple(
             Part(
                 name,
@@ -165,10 +176,19 @@ class BuildJob:
             for roles in configs.parts(name)
         )
 
+    def _graphs(self, name: str, roles: tuple[str, ...]) -> Part:
+        """A part of ONNX Runtime's graphs; quantized matrices are multiplied in float32 only."""
+        if name != "text_encoder" or not self.text_weights:
+            return Part(name, roles, check_precision(self.precision))
+        form = Form(quantization=Quantization(self.text_weights, "MatMulNBits"))
+        return Part(name, roles, "fp32", dict.fromkeys(roles, form))
+
     def _export(self, part: Part, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
         spec = wan.export_component(
             part.component, self.source, self.configs, folder, part.precision, part.forms, part.roles, store_type
         )
+        if part.component == "text_encoder":
+            spec = replace(spec, weights=self.text_weights)
         return spec if part.tiles is None else replace(spec, tiles=part.tiles)
 
     def outline(self, parts: Sequence[Part]) -> tuple[ComponentSpec, ...]:
@@ -200,7 +220,9 @@ class BuildJob:
     def can_run_reference(self, name: str, built: ComponentSpec, folder: Path) -> bool:
         """Whether the largest part of a component fits memory and disk in float32; where it does not, that is said."""
         largest = max(part.weights_bytes for part in built.parts)
-        needed = int(largest * REFERENCE_GROWTH) * (1 if self.precision == "fp32" else 2)
+        needed = int(largest * REFERENCE_GROWTH) * (
+            FULL_SIZE[built.weights] if built.weights else FULL_SIZE[built.precision]
+        )
         room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
         if needed > room:
             logger.warning(
@@ -215,7 +237,7 @@ class BuildJob:
         """Runs a component's float32 graphs on the CPU, anew where the bundle has others; keeps what they answer."""
         from t2v_rt.runtime import self_test
 
-        again = self.precision != "fp32"
+        again = self.precision != "fp32" or bool(built.weights)
         place = work.scratch if again else work.bundle
         answers = []
         for part in built.parts:
@@ -228,6 +250,23 @@ class BuildJob:
                 platform.remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
         return {}
+
+    def measure_weights(self, name: str, built: ComponentSpec, manifest: Manifest, work: Work) -> Result:
+        """What quantized weights cost, run by ONNX Runtime: plans as the graphs that they were built from, at fp32."""
+        from t2v_rt.runtime import self_test
+
+        results = []
+        scheme = Quantization(self.text_weights, "DequantizeLinear")
+        for part in built.parts:
+            place, spec = work.bundle, part
+            if self.makes_plans:
+                place, forms = work.scratch, dict.fromkeys(part.graphs, Form(quantization=scheme))
+                spec = wan.export_component(name, self.source, self.configs, place, "fp32", forms, tuple(part.graphs))
+            with get_backend("onnxruntime").load(place, name, spec) as component:
+                results += self_test.run_calls(name, component, manifest.model, built)
+            if self.makes_plans:
+                platform.remove_tree(place / name)
+        return {"error": self_test.largest_error(name, results, work.bundle)}
 
 
 def _plan_precision(component: str, wanted: Precision, turing: bool) -> Precision:

@@ -106,6 +106,7 @@ def _add_build(commands: Any) -> None:
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or its folder, likewise")
     add("--backend", default="onnxruntime", help="onnxruntime (default), tensorrt-rtx or tensorrt")
     add("--precision", help="fp32 (default of onnxruntime) or fp16 (of the others); bf16 for plans")
+    add("--text-encoder-weights", metavar="KIND", help="int8 or int4: smaller, the error is measured and told")
     add("--without-text-encoder", action="store_true", help="leave it out: prompts come as files of t2v-rt encode")
     add("--height", metavar="SIZE", help="of videos, in pixels; for plans also a range or several: 480:720, 480,832")
     add("--width", metavar="SIZE", help="likewise")
@@ -234,6 +235,7 @@ def run_build(options: argparse.Namespace) -> None:
             gpus=options.gpu,
             vram_budget=options.vram_budget,
             with_text_encoder=not options.without_text_encoder,
+            text_encoder_weights=options.text_encoder_weights,
             force=options.force,
             progress=lambda step, done, total: bars.update("build", done, total, detail=step),
         )
@@ -245,9 +247,15 @@ def run_build(options: argparse.Namespace) -> None:
         "backend": manifest.backend,
         "precision": manifest.precision,
         "weights_bytes": weights,
+        "weights_errors": {name: spec.weights_error for name, spec in manifest.components.items() if spec.weights},
     }
     lines = [f"bundle   {bundle.folder} ({manifest.bundle_id})", f"engines  {manifest.backend}, {manifest.precision}"]
-    show(options, report, [*lines, f"weights  {weights / 1e6:.1f} MB"])
+    lines.append(f"weights  {weights / 1e6:.1f} MB")
+    for name, spec in manifest.components.items():
+        if spec.weights:
+            told = "not measured" if spec.weights_error is None else f"{spec.weights_error:.2g}"
+            lines.append(f"{name}  {spec.weights} weights, error {told}")
+    show(options, report, lines)
 
 
 def _dry_run(options: argparse.Namespace) -> None:
@@ -263,6 +271,8 @@ def _dry_run(options: argparse.Namespace) -> None:
         (options.height, options.width, options.num_frames),
         options.gpu,
         options.vram_budget,
+        not options.without_text_encoder,
+        options.text_encoder_weights,
     )
     report = dry_run(request, options.output)
     show(options, report, describe(report))
