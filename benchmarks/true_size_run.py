@@ -1,0 +1,161 @@
+"""The true-size model at work on the CPU: its networks against diffusers', opening its bundle, and a small video.
+
+    python -m t2v_rt.benchmarks.true_size_run networks build/wan-full build/true/graphs
+    python -m t2v_rt.benchmarks.true_size_run opening build/true/graphs
+    python -m t2v_rt.benchmarks.true_size_run video build/true/graphs
+
+Each writes its part of benchmarks/results/true_size.json; the bundle is one of ONNX Runtime at fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.benchmarks.process_tree import measure
+from t2v_rt.benchmarks.true_size import relative, store
+from t2v_rt.engines import platform
+from t2v_rt.runtime import wan
+from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.pipeline import TextToVideoPipeline
+
+Array = NDArray[np.float32]
+SIDE, FRAMES, STEPS = 256, 9, 2
+TOKENS, TIMESTEP = 40, 700.0
+CALLS = 3  # after the first
+OPENING = "import sys; from t2v_rt.benchmarks import true_size_run as r; r.tell_opening(sys.argv[1])"
+
+
+def networks(checkpoint: Path, bundle: Path) -> dict[str, Any]:
+    """Errors of one denoiser call at 256x256x9, and of the VAE's first and second chunk, relative to the largest value.
+
+    Args:
+        checkpoint: of true size.
+        bundle: of it.
+    """
+    pipe = TextToVideoPipeline.from_pretrained(bundle)
+    model = pipe.manifest.model
+    noise = Generator(0)
+    latents = noise.randn(wan.latent_shape(model, 1, SIDE, SIDE, FRAMES))
+    embeds = np.zeros((1, model.text_length, model.text_dim), np.float32)
+    embeds[:, :TOKENS] = noise.randn((1, TOKENS, model.text_dim))
+    expected = _reference_prediction(checkpoint, latents, embeds)
+    gc.collect()
+    with pipe.stages.stage("transformer") as component:
+        (found,) = Denoiser(component, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+    pipe.stages.release("transformer")
+    denormalized = wan.denormalize(model, latents[:, :, :2])
+    frames = _reference_frames(checkpoint, denormalized)
+    chunks = [chunk.transpose(0, 3, 1, 2) * 2 - 1 for chunk in pipe.decode(latents[:, :, :2])]
+    return {
+        "size": [SIDE, SIDE, FRAMES],
+        "denoiser_error": relative(found, expected),
+        "vae_chunk_errors": [relative(chunks[0], frames[:1]), relative(chunks[1], frames[1:])],
+    }
+
+
+def _reference_prediction(checkpoint: Path, latents: Array, embeds: Array) -> Array:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    network = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
+    with torch.no_grad():
+        tensors = torch.from_numpy(latents), torch.tensor([TIMESTEP]), torch.from_numpy(embeds)
+        result: Array = network(*tensors, return_dict=False)[0].numpy()
+    return result
+
+
+def _reference_frames(checkpoint: Path, latents: Array) -> Array:
+    """Frames (f, 3, H, W) in [-1, 1]."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    network = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        result: Array = network.decode(torch.from_numpy(latents)).sample[0].transpose(0, 1).numpy()
+    return result
+
+
+def opening(bundle: Path) -> dict[str, Any]:
+    """Time and memory of opening a bundle whose files were checked before, and of the denoiser's first calls."""
+    TextToVideoPipeline.from_pretrained(bundle).close()  # leaves the stamp
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", OPENING, str(bundle)], check=True, capture_output=True, text=True
+    )
+    result: dict[str, Any] = json.loads(told.stdout)
+    return result
+
+
+def tell_opening(bundle: str) -> None:
+    """What `opening` measures in a process of its own, printed as JSON."""
+    start = time.perf_counter()
+    pipe = TextToVideoPipeline.from_pretrained(bundle)
+    opened, memory = time.perf_counter() - start, platform.peak_rss_bytes()
+    model = pipe.manifest.model
+    latents = Generator(0).randn(wan.latent_shape(model, 1, SIDE, SIDE, FRAMES))
+    embeds = np.zeros((1, model.text_length, model.text_dim), np.float32)
+    embeds[:, :TOKENS] = 1.0
+    seconds = []
+    for _ in range(1 + CALLS):
+        start = time.perf_counter()
+        Denoiser(pipe.stages.component("transformer"), Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+        seconds.append(time.perf_counter() - start)
+    steady = statistics.median(seconds[1:])
+    report = {
+        "seconds": opened,
+        "rss_bytes_before_the_first_call": memory,
+        "first_denoiser_call_seconds": seconds[0],
+        "steady_denoiser_call_seconds": steady,
+        "first_minus_steady_seconds": seconds[0] - steady,
+        "peak_rss_bytes": platform.peak_rss_bytes(),
+    }
+    print(json.dumps(report))
+
+
+def video(bundle: Path) -> dict[str, Any]:
+    """A small video by the command, with its stage times, and the memory of its process."""
+    with tempfile.TemporaryDirectory() as folder:
+        latents, file = str(Path(folder) / "latents.npz"), str(Path(folder) / "video.mp4")
+        sizes = ["--height", str(SIDE), "--width", str(SIDE), "--num-frames", str(FRAMES)]
+        command = [sys.executable, "-P", "-m", "t2v_rt", "generate", "a red ball bouncing", "--engines", str(bundle)]
+        command += ["--output", file, "--save-latents", latents, "--seed", "1", "--no-prompt-cache", "--json", *sizes]
+        command += ["--num-inference-steps", str(STEPS)]
+        printed = Path(folder) / "printed"
+        shell = ["/bin/sh", "-c", 'exec "$@" > "$0"', str(printed), *command]
+        used = measure(shell, Path(folder))
+        told = json.loads(printed.read_text(encoding="utf-8"))
+    return {
+        "size": [SIDE, SIDE, FRAMES],
+        "steps": STEPS,
+        "stage_seconds": told["stage_seconds"],
+        "frames_sha256": told["frames_sha256"],
+        "seconds": used["seconds"],
+        "peak_rss_bytes": used["peak_rss_bytes"],
+        "peak_anonymous_bytes": used["peak_anonymous_bytes"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["networks", "opening", "video"])
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="checkpoint and bundle, or the bundle")
+    options = parser.parse_args()
+    report = {"networks": networks, "opening": opening, "video": video}[options.what](*options.paths)
+    store(options.what, report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
