@@ -152,7 +152,11 @@ def main() -> None:
     parser.add_argument("what", choices=["networks", "opening", "video"])
     parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="checkpoint and bundle, or the bundle")
     options = parser.parse_args()
-    report = {"networks": networks, "opening": opening, "video": video}[options.what](*options.paths)
+    if options.what == "networks":
+        report = networks(*options.paths)
+    else:
+        (bundle,) = options.paths
+        report = opening(bundle) if options.what == "opening" else video(bundle)
     store(options.what, report)
     print(json.dumps(report))
 
