@@ -89,6 +89,13 @@ class VideoProfile:
         return cls(*(Range.from_json(fields[name]) for name in ("height", "width", "num_frames")))
 
 
+def holds(profiles: Sequence[VideoProfile], height: int, width: int, num_frames: int) -> bool:
+    """Whether plans were built for a video; without profiles any will do."""
+    return not profiles or any(
+        height in profile.height and width in profile.width and num_frames in profile.num_frames for profile in profiles
+    )
+
+
 def check_profiles(profiles: Sequence[VideoProfile], height: int, width: int, num_frames: int) -> None:
     """Refuses a video that plans were not built for; without profiles any will do.
 
@@ -101,15 +108,14 @@ def check_profiles(profiles: Sequence[VideoProfile], height: int, width: int, nu
     Raises:
         RequestError: names the nearest that they make.
     """
-    if not profiles:
+    if holds(profiles, height, width, num_frames):
         return
     wanted = {"height": height, "width": width, "num_frames": num_frames}
     _, best = nearest_profile([vars(profile) for profile in profiles], wanted)
-    if best != wanted:
-        raise RequestError(
-            f"the plans were not built for {width}x{height} with {num_frames} frames; the nearest video they make is "
-            f"{best['width']}x{best['height']} with {best['num_frames']} frames"
-        )
+    raise RequestError(
+        f"the plans were not built for {width}x{height} with {num_frames} frames; the nearest video they make is "
+        f"{best['width']}x{best['height']} with {best['num_frames']} frames"
+    )
 
 
 Sizes = int | str | None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, Manifest
-from t2v_rt.engines.plans import nearest_profile
+from t2v_rt.engines.plans import holds, nearest_profile
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
@@ -92,20 +93,15 @@ class MemoryPlan:
         """What the largest stage takes when nothing else is kept loaded, the reserve included."""
         return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
 
-    def refusal(self, room: int, what: str, largest: Mapping[str, int] | None) -> str:
+    def refusal(self, room: int, what: str, advice: str) -> str:
         """Says that a request does not fit.
 
         Args:
             room: bytes that there are.
             what: they are.
-            largest: of `largest_fitting`.
+            advice: of `advise`.
         """
         worst = max(self.stages, key=lambda stage: stage.total_bytes).name
-        advice = "no video of this model fits"
-        if largest is not None:
-            advice = (
-                f"{largest['width']}x{largest['height']} with {largest['num_frames']} frames would fit (an estimate)"
-            )
         needed = f"{self.least_bytes / 1e9:.1f} GB in {worst}"
         return f"this request needs about {needed}, {what} is {room / 1e9:.1f} GB; {advice}"
 
@@ -162,6 +158,7 @@ def make_plan(
         encode = _encode_stage(encoder, model.text_length, text)
     sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
     told = built_context(components["transformer"], "model", sizes)
+    estimated = told is None or not holds(manifest.profiles, *wan.video_size(model, shape))
     denoise = StageMemory(
         "denoise",
         components["transformer"].weights_bytes,
@@ -176,7 +173,7 @@ def make_plan(
     limit, ways = room if budget is None else budget, []
     for tiles, parks in decode_ways(manifest, grid):
         decode, parked = _decode_stage(components["vae_decoder"], height, width, tiles, kept, parks)
-        ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated=told is None))
+        ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated))
         if budget is None or decode.total_bytes + reserve <= budget:
             return _settled(ways[-1], encoder, limit)
     return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), encoder, limit)
@@ -234,7 +231,8 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
         sizes: symbol -> size of the call.
 
     Returns:
-        Bytes, of the profile nearest to those sizes; None where the engines are graphs, of which nothing is told.
+        Bytes, of the profile nearest to those sizes, and in proportion where it does not hold them; None where the
+        engines are graphs, of which nothing is told.
     """
     contexts = []
     for role, graph in component.graphs.items():
@@ -242,8 +240,10 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
             if graph.plan is None:
                 return None
             ranges = [profile.sizes for profile in graph.plan.profiles]
-            index, _ = nearest_profile(ranges, {name: sizes[name] for name in ranges[0]})
-            contexts.append(graph.plan.profiles[index].context_bytes)
+            wanted = {name: sizes[name] for name in ranges[0]}
+            index, held = nearest_profile(ranges, wanted)
+            told = graph.plan.profiles[index].context_bytes
+            contexts.append(told * prod(wanted.values()) // prod(held.values()))
     return max(contexts)
 
 
@@ -284,6 +284,8 @@ def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[
 def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
+    One that the engines were built for, if there is any.
+
     Args:
         manifest: of the bundle.
         height: in pixels, of the request that does not fit.
@@ -294,10 +296,19 @@ def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
     """
-    for size in _smaller(manifest, height, width, num_frames):
+    sizes = list(_smaller(manifest, height, width, num_frames))
+    for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
         if make_plan(manifest, wan.latent_shape(manifest.model, 1, *size), budget=budget).fits:
             return dict(zip(("height", "width", "num_frames"), size, strict=True))
     return None
+
+
+def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
+    """Says what `largest_fitting` found, and whether engines must be built for it."""
+    if best is None:
+        return "no video of this model fits"
+    built = "" if holds(manifest.profiles, **best) else ", by engines built for it"
+    return f"{best['width']}x{best['height']} with {best['num_frames']} frames would fit{built} (an estimate)"
 
 
 def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> Iterator[tuple[int, int, int]]:

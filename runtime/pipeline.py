@@ -20,7 +20,7 @@ from t2v_rt.engines.plans import check_profiles
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
-from t2v_rt.runtime.memory_plan import MemoryPlan, largest_fitting, on_card, parse_bytes
+from t2v_rt.runtime.memory_plan import MemoryPlan, advise, largest_fitting, on_card, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
@@ -304,7 +304,8 @@ class TextToVideoPipeline:
             checks.insert(0, (self.plan(request, kept_frames), available, "the memory available"))
         for needs, room, what in checks:
             if needs.least_bytes > room:
-                raise RequestError(needs.refusal(room, what, largest_fitting(self.manifest, *size, room)))
+                best = largest_fitting(self.manifest, *size, room)
+                raise RequestError(needs.refusal(room, what, advise(self.manifest, best)))
         self.stages.follow(plan)
 
     def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:

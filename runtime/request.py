@@ -340,12 +340,7 @@ def _sizes_of(
 ) -> tuple[int, int, int]:
     """The video size that latents stand for; sizes given along with them must agree."""
     model = manifest.model
-    _, channels, frames, rows, columns = latents.shape
-    sizes = (
-        rows * model.spatial_factor,
-        columns * model.spatial_factor,
-        (frames - 1) * model.temporal_factor + 1,
-    )
+    channels, sizes = latents.shape[1], wan.video_size(model, latents.shape)
     asked = (height, width, num_frames)
     if channels != model.latent_channels or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
         raise RequestError(

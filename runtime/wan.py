@@ -51,6 +51,12 @@ def latent_shape(model: ModelSpec, batch: int, height: int, width: int, num_fram
     )
 
 
+def video_size(model: ModelSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Height, width in pixels and frames of the video that latents of a shape (B, C, F, H, W) stand for."""
+    _, _, frames, height, width = shape
+    return height * model.spatial_factor, width * model.spatial_factor, (frames - 1) * model.temporal_factor + 1
+
+
 def relative_buckets(length: int, buckets: int, max_distance: int) -> NDArray[np.int64]:
     """Bucket of each (query, key) pair of positions for the encoder's relative-position bias.
 

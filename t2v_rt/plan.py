@@ -11,7 +11,7 @@ from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.memory_plan import largest_fitting, make_plan, parse_bytes, to_json
+from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
 from t2v_rt.runtime.tiles import parse_grid
 
@@ -41,7 +41,8 @@ def plan(
 
     Returns:
         `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
-        request's size; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None.
+        request's size; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None;
+        `advice` says it in words.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -78,7 +79,8 @@ def plan_request(
         **to_json(made),
     }
     if not made.fits and budget is not None:
-        report["largest_fitting"] = largest_fitting(manifest, *size, budget)
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
+        report["advice"] = advise(manifest, best)
     return report
 
 
@@ -103,17 +105,9 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     lines.append(f"peak {report['peak_bytes'] / GB:.3f} GB{reserve}, {kept}")
     if report["budget_bytes"] is not None:
         verdict = "fits" if report["fits"] else "does not fit"
-        lines.append(f"{verdict} {report['budget_bytes'] / GB:.3f} GB{_advice(report)}")
+        advice = "" if report["fits"] else f"; {report['advice']}"
+        lines.append(f"{verdict} {report['budget_bytes'] / GB:.3f} GB{advice}")
     return lines
-
-
-def _advice(report: Mapping[str, Any]) -> str:
-    if report["fits"]:
-        return ""
-    best = report["largest_fitting"]
-    if best is None:
-        return "; no video of this model does"
-    return f"; {best['width']}x{best['height']} with {best['num_frames']} frames would (an estimate)"
 
 
 def picture(report: Mapping[str, Any]) -> str:

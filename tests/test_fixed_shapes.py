@@ -19,7 +19,8 @@ from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
 from t2v_rt.runtime import self_test
-from t2v_rt.runtime.memory_plan import make_plan
+from t2v_rt.runtime import wan as runtime_wan
+from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
 
@@ -81,6 +82,32 @@ def test_a_card_parks_what_does_not_fit(fixed: Bundle) -> None:
     assert tight.grid != (1, 1)
     assert tight.parked_bytes > tight.stages[-1].state_bytes
     assert tight.stages[-1].total_bytes < free.stages[-1].total_bytes
+
+
+def test_sizes_that_engines_were_not_built_for_are_estimated(fixed: Bundle) -> None:
+    told = {"transformer": 80_000_000, "vae_decoder": 4_000_000}
+    components = dict(fixed.manifest.components)
+    for name, context in told.items():
+        spec = components[name]
+        graphs = {
+            role: replace(
+                graph, plan=PlanSpec(tuple(PlanProfile(p.sizes, context) for p in graph.plan.profiles), 1, True)
+            )
+            for role, graph in spec.graphs.items()
+            if graph.plan is not None
+        }
+        components[name] = replace(spec, graphs=graphs)
+    card = replace(fixed.manifest, backend="tensorrt-rtx", components=components)
+    at = make_plan(card, runtime_wan.latent_shape(card.model, 1, HEIGHT, WIDTH, FRAMES))
+    below = make_plan(card, runtime_wan.latent_shape(card.model, 1, HEIGHT, WIDTH, 1))
+    assert not at.estimated
+    assert at.stages[1].context_bytes == told["transformer"]
+    assert below.estimated
+    assert below.stages[1].context_bytes == told["transformer"] // 2  # one latent frame of two
+    budget = at.peak_bytes - told["transformer"] // 4
+    best = largest_fitting(card, HEIGHT, WIDTH, FRAMES, budget)
+    assert best == {"height": HEIGHT, "width": WIDTH, "num_frames": 1}
+    assert advise(card, best) == "96x64 with 1 frames would fit, by engines built for it (an estimate)"
 
 
 def test_the_same_video(half: Bundle, fixed: Bundle) -> None:
