@@ -1,0 +1,90 @@
+"""Seams of tiled decoding: the VAE decoder's tiles, and diffusers' blended ones, against the undivided frames.
+
+    python -m t2v_rt.benchmarks.tiles demo/bouncing-shapes build/demo
+
+Writes benchmarks/results/tiles.json, and docs/tiles.png: the last frame, and what diffusers' tiling and ours change in
+it, amplified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt import TextToVideoPipeline
+from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.runtime import wan
+from t2v_rt.runtime.video_images import contact_sheet, write_png
+
+Array = NDArray[np.float32]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "tiles.json", ROOT / "docs" / "tiles.png"
+COLOURS, SHAPES = ("red", "green", "yellow"), ("ball", "square", "triangle", "star")
+ROWS, COLUMNS = 23, 31  # of latents, which no grid below divides evenly
+GRIDS = ("1x2", "2x1", "2x2", "3x2", "2x3", "3x3", "3x4", "4x3")
+TILE, STRIDE = 128, 96  # pixels of diffusers' tiles, overlapping in the share that it takes at 256
+AMPLIFIED = 4
+
+
+def mosaic(pipe: TextToVideoPipeline) -> Array:
+    """Latents of a larger frame than the demo was trained for: its videos side by side."""
+    rows = []
+    for colour in COLOURS:
+        prompts = [f"a {colour} {shape} bouncing on a blue background" for shape in SHAPES]
+        rows.append(np.concatenate(list(pipe(prompts, seed=0, output_type="latent").frames), axis=-1))
+    return np.ascontiguousarray(np.concatenate(rows, axis=-2)[None, :, :, :ROWS, :COLUMNS])
+
+
+def blended(checkpoint: Path, latents: Array) -> tuple[Array, Array]:
+    """Frames (F, H, W, 3) in [0, 1] as diffusers decodes them whole, and in tiles that it blends."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+    results = []
+    for tiled in (False, True):
+        if tiled:
+            vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+        with torch.no_grad():
+            frames = vae.decode(torch.from_numpy(latents)).sample[0].permute(1, 2, 3, 0).numpy()
+        results.append((frames / 2 + 0.5).clip(0, 1))
+    return results[0], results[1]
+
+
+def largest(found: Array, expected: Array) -> float:
+    return float(np.abs(found - expected).max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="of the demo")
+    parser.add_argument("bundle", type=Path, help="of it, of ONNX Runtime at fp32")
+    options = parser.parse_args()
+    latents = mosaic(TextToVideoPipeline.from_pretrained(options.bundle))
+    frames = {}
+    for grid in ("1x1", *GRIDS):
+        pipe = TextToVideoPipeline.from_pretrained(options.bundle, vae_tiles=grid)
+        frames[grid] = np.concatenate(list(pipe.decode(latents)))
+    whole = frames["1x1"]
+    theirs, tiled = blended(options.checkpoint, wan.denormalize(pipe.manifest.model, latents))
+    report = {
+        "machine": describe_machine(),
+        "frames": list(whole.shape),
+        "largest_difference": {grid: largest(frames[grid], whole) for grid in GRIDS},
+        "diffusers_largest_difference": largest(tiled, theirs),
+        "diffusers_tiles": {"pixels": TILE, "stride": STRIDE},
+        "whole_against_diffusers": largest(whole, theirs),
+    }
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    changes = [AMPLIFIED * np.abs(a - b) for a, b in ((tiled, theirs), (frames["3x4"], whole))]
+    images = [(image[-1].clip(0, 1) * 255).round().astype(np.uint8) for image in (whole, *changes)]
+    write_png(PICTURE, contact_sheet(np.stack(images), len(images)))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
