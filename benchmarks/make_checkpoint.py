@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.wan_tensors import Config, Tensor, text_encoder_tensors, transformer_tensors, vae_tensors
 from t2v_rt.errors import RequestError
+from t2v_rt.export import wan_published
 from t2v_rt.runtime.memory_plan import parse_bytes
 
 PIECE = 8 << 20  # values generated at once
@@ -37,73 +38,32 @@ DTYPES: Mapping[str, tuple[str, str, int, int]] = {
     "bf16": ("BF16", "<u2", 7, 127),
 }
 MEAN_SQUARE = math.sqrt(7 / 3)  # root of the mean square of values spread evenly over [1, 2)
+FULL_TEXT_ENCODER: Config = {
+    **wan_published.CONFIGS["text_encoder"],
+    "architectures": ["UMT5EncoderModel"],
+    "is_gated_act": True,
+    "dense_act_fn": "gelu_new",
+    "tie_word_embeddings": False,  # as published, though the embedding is there once only
+}
 CONFIGS: Mapping[str, Config] = {
     "transformer": {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": [1, 2, 2],
-        "num_attention_heads": 12,
-        "attention_head_dim": 128,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": 8960,
-        "num_layers": 30,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
+        **wan_published.CONFIGS["transformer"],
         "image_dim": None,
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
-        "rope_max_seq_len": 1024,
     },
-    "vae": {
-        "_class_name": "AutoencoderKLWan",
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_scales": [],
-        "temperal_downsample": [False, True, True],
-        "dropout": 0.0,
-        "latents_mean": [0.0] * 16,
-        "latents_std": [1.0] * 16,
-    },
+    "vae": {**wan_published.CONFIGS["vae"], "attn_scales": [], "dropout": 0.0},
     "text_encoder": {
-        "architectures": ["UMT5EncoderModel"],
-        "model_type": "umt5",
+        **FULL_TEXT_ENCODER,
         "vocab_size": 512,
-        "d_model": 4096,
-        "d_kv": 64,
         "d_ff": 256,
         "num_layers": 1,
         "num_heads": 4,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "feed_forward_proj": "gated-gelu",
-        "is_gated_act": True,
-        "dense_act_fn": "gelu_new",
-        "layer_norm_epsilon": 1e-6,
         "tie_word_embeddings": True,
     },
 }
-FULL_TEXT_ENCODER: Config = {
-    **CONFIGS["text_encoder"],
-    "vocab_size": 256384,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "tie_word_embeddings": False,  # as published, though the embedding is there once only
-}
-SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler",
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "flow_shift": 3.0,
-    "num_train_timesteps": 1000,
-}
 INDEX = {
-    "_class_name": "WanPipeline",
+    **wan_published.INDEX,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -156,7 +116,7 @@ def make_checkpoint(
         written += _write_shards(target / name, stem, tensors(configs[name]), dtype, shard_bytes, generator)
     _write_json(target / "model_index.json", INDEX)
     (target / "scheduler").mkdir()
-    _write_json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(target / "scheduler" / "scheduler_config.json", wan_published.SCHEDULER)
     _write_tokenizer(target / "tokenizer", configs["text_encoder"]["vocab_size"])
     seconds = time.perf_counter() - start
     return {"output": str(target), "bytes": written, "seconds": seconds, "seconds_per_gb": seconds / written * 1e9}

@@ -1,15 +1,17 @@
-"""Seams of tiled decoding: the VAE decoder's tiles, and diffusers' blended ones, against the undivided frames.
+"""Seams and memory of tiled decoding: the VAE decoder's tiles, and diffusers' blended ones, against undivided frames.
 
     python -m t2v_rt.benchmarks.tiles demo/bouncing-shapes build/demo
 
 Writes benchmarks/results/tiles.json, and docs/tiles.png: the last frame, and what diffusers' tiling and ours change in
-it, amplified.
+it, amplified. Memory is that of a process that decodes random latents.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.engines import platform
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.video_images import contact_sheet, write_png
 
 Array = NDArray[np.float32]
@@ -28,6 +32,8 @@ ROWS, COLUMNS = 23, 31  # of latents, which no grid below divides evenly
 GRIDS = ("1x2", "2x1", "2x2", "3x2", "2x3", "3x3", "3x4", "4x3")
 TILE, STRIDE = 128, 96  # pixels of diffusers' tiles, overlapping in the share that it takes at 256
 AMPLIFIED = 4
+SIDE, DECODED = 256, ((17, "1x1"), (65, "1x1"), (17, "2x2"), (17, "3x4"))  # pixels; frames and tiles
+DECODE = "import sys; from t2v_rt.benchmarks import tiles; tiles.decode_noise(*sys.argv[1:])"
 
 
 def mosaic(pipe: TextToVideoPipeline) -> Array:
@@ -55,6 +61,21 @@ def blended(checkpoint: Path, latents: Array) -> tuple[Array, Array]:
     return results[0], results[1]
 
 
+def decode_noise(bundle: str, num_frames: str, grid: str) -> None:
+    """Decodes random latents, chunk by chunk, and prints the peak bytes of this process."""
+    pipe = TextToVideoPipeline.from_pretrained(bundle, vae_tiles=grid)
+    latents = Generator(0).randn(wan.latent_shape(pipe.manifest.model, 1, SIDE, SIDE, int(num_frames)))
+    for _ in pipe.decode(latents):
+        pass
+    print(platform.peak_rss_bytes())
+
+
+def memory(bundle: Path, num_frames: int, grid: str) -> int:
+    """Peak bytes of a process that decodes a video of 256x256."""
+    command = [sys.executable, "-P", "-c", DECODE, str(bundle), str(num_frames), grid]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def largest(found: Array, expected: Array) -> float:
     return float(np.abs(found - expected).max())
 
@@ -78,6 +99,9 @@ def main() -> None:
         "diffusers_largest_difference": largest(tiled, theirs),
         "diffusers_tiles": {"pixels": TILE, "stride": STRIDE},
         "whole_against_diffusers": largest(whole, theirs),
+        "peak_bytes_of_decoding": {
+            f"{SIDE}x{SIDE}, {count} frames, {grid}": memory(options.bundle, count, grid) for count, grid in DECODED
+        },
     }
     RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     changes = [AMPLIFIED * np.abs(a - b) for a, b in ((tiled, theirs), (frames["3x4"], whole))]

@@ -76,7 +76,10 @@ def _describe_graph(role: str, graph: GraphSpec, nodes: Mapping[str, int]) -> li
         for profile in graph.plan.profiles:
             sizes = ", ".join(f"{symbol} {ranges.max}" for symbol, ranges in profile.sizes.items())
             lines.append(f"            {sizes}: {profile.context_bytes / 1e6:.1f} MB")
-        lines.append(f"    attention  {'fused' if graph.plan.fused_attention else 'not fused, scores are in memory'}")
+        if nodes.get("Attention"):
+            lines.append(
+                f"    attention  {'fused' if graph.plan.fused_attention else 'not fused, scores are in memory'}"
+            )
     if nodes:
         lines.append("    nodes  " + ", ".join(f"{count} {kind}" for kind, count in nodes.items()))
     return lines

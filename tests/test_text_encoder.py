@@ -28,6 +28,7 @@ from t2v_rt.export.wan_text_encoder import TextEncoderConfig
 from t2v_rt.export.weights import to_bfloat16
 from t2v_rt.plan import plan
 from t2v_rt.runtime.embedding import EmbeddingTable
+from t2v_rt.runtime.memory_plan import parse_bytes
 from t2v_rt.runtime.stages import Stages
 from t2v_rt.runtime.wan import relative_buckets
 from t2v_rt.verify import verify
@@ -255,4 +256,4 @@ def test_building_is_measured(narrow: Tiny, tmp_path: Path) -> None:
     report = build(narrow.checkpoint, tmp_path / "own" / "bundle", "onnxruntime")
     assert report["peak_rss_bytes"] > 0
     assert report["bundle_bytes"] == sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert [item["budget_bytes"] for item in report["plans"]] == [int(budget[0]) * 10**9 for budget in BUDGETS]
+    assert [item["budget_bytes"] for item in report["plans"]] == [parse_bytes(budget) for budget in BUDGETS]
