@@ -10,6 +10,7 @@ from typing import Any
 
 from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, Manifest
 from t2v_rt.engines.plans import holds, nearest_profile
+from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
@@ -17,7 +18,9 @@ from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 FLOAT = 4
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
-DECODE_CHANNELS = 96  # activations of a decoder chunk per output pixel, in floats: its widest level is cheap in pixels
+HEAD_COPIES = 25  # of the decoder's largest cache, what activations take in ONNX Runtime's arena, as measured: head,
+TAIL_COPIES = 18  # and tail; each session has an arena of its own, which keeps what it has taken
+SCORE_COPIES = 2  # of the head's attention: one pixel of the latents to each other, before and after the softmax
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}
 CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
@@ -259,13 +262,17 @@ def _decode_stage(
     tail, spare = _state_bytes(vae, "tail", tile_sizes)
     count = grid[0] * grid[1]
     features = sum(spec.nbytes(whole_sizes) for spec in vae.graphs["head_next"].outputs)
-    pixels = tile[0] * tile[1] * vae.tiles.upscale**2  # the tail makes one frame at a time
     told = [built_context(vae, part, at) for part, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
+    guessed = (
+        HEAD_COPIES * _largest_state(vae, "head", whole_sizes)
+        + SCORE_COPIES * (height * width) ** 2 * FLOAT
+        + TAIL_COPIES * _largest_state(vae, "tail", tile_sizes)
+    )
     decode = StageMemory(
         "decode",
         vae.weights_bytes,
-        features + (max(known) if known else pixels * DECODE_CHANNELS * FLOAT),
+        features + (max(known) if known else guessed),
         head + written + (1 if parks else count) * tail + spare,
         kept,
     )
@@ -274,11 +281,22 @@ def _decode_stage(
 
 def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one state, and of the buffers that a call writes before they become the state."""
-    graphs = [graph for role, graph in vae.graphs.items() if role.startswith(part)]
-    states = [state for graph in graphs for state in graph.states]
+    states = list(_states(vae, part))
     held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
     written = {state.tensor.name for state in states if state.output is not None}
     return sum(held.values()), sum(held[name] for name in written)
+
+
+def _largest_state(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
+    """Bytes of the largest tensor of a state."""
+    return max(state.tensor.nbytes(sizes) for state in _states(vae, part))
+
+
+def _states(vae: ComponentSpec, part: str) -> Iterator[StateSpec]:
+    """The states of the graphs whose roles begin with `part`, of each graph."""
+    for role, graph in vae.graphs.items():
+        if role.startswith(part):
+            yield from graph.states
 
 
 def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
