@@ -1,0 +1,112 @@
+"""A GPU, and what all engines on it share.
+
+The workspace is as large as the largest context that was needed so far. Kernels that TensorRT for RTX compiles at the
+first use are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from typing import Any
+
+from t2v_rt.engines import platform
+from t2v_rt.engines.cuda import Cuda, DeviceBuffer
+from t2v_rt.engines.tensorrt_library import Library
+from t2v_rt.errors import EngineError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+
+
+def make_log(trt: Any) -> Any:
+    """A logger for the library that keeps its errors."""
+
+    class RuntimeLog(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(msg)
+            else:
+                logger.debug("%s", msg)
+
+        def take(self) -> str:
+            """The first error since it was last asked."""
+            errors, self.errors = self.errors, []
+            return " ".join(errors[0].split())[:300] if errors else "it gave no reason"
+
+    return RuntimeLog()
+
+
+class Card:
+    """A GPU with what all engines on it share: the library's runtime, a lock, a workspace.
+
+    Args:
+        library: that runs the plans.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.cuda = Cuda(library.backend)
+        self.lock = threading.RLock()
+        self.log = make_log(library.trt)
+        self.runtime = library.trt.Runtime(self.log)
+        self.runtime.engine_host_code_allowed = False
+        self._workspace: DeviceBuffer | None = None
+
+    @property
+    def identity(self) -> str:
+        """GPU, driver and library: whatever may change what an engine computes."""
+        info = self.cuda.info
+        return f"{info.name}, CUDA driver {info.driver}, {self.library.backend} {self.library.version}"
+
+    def workspace(self, nbytes: int) -> DeviceBuffer:
+        """Memory that one engine at a time works in; it only grows."""
+        if self._workspace is None or self._workspace.nbytes < nbytes:
+            self.release_workspace()
+            self._workspace = self.cuda.allocate(nbytes)
+        return self._workspace
+
+    def release_workspace(self) -> None:
+        """Gives the workspace back; the next call takes a new one."""
+        self.cuda.synchronize()
+        self._workspace = None
+
+    def failure(self, what: str) -> EngineError:
+        """The error of a call that the library said no to, with its reason."""
+        reason = self.log.take()
+        kind = OutOfMemoryError if "out of memory" in reason.lower() or "OutOfMemory" in reason else EngineError
+        return kind(f"{what}: {self.library.backend} failed: {reason}")
+
+
+class KernelCache:
+    """Kernels that were compiled for one plan on one GPU, kept in the user's cache; without it the first call is slow.
+
+    Args:
+        key: of the plan, the GPU, its driver and the library.
+    """
+
+    def __init__(self, key: str) -> None:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.path = platform.cache_dir() / "kernels" / f"{digest}.bin"
+
+    def read(self) -> bytes | None:
+        """What was kept, or None."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        """Keeps kernels, in a file of the user's own, whole or not at all; a cache that cannot be written is told."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = platform.temporary_sibling(self.path)
+            with platform.create_private(temporary) as stream:
+                stream.write(content)
+            platform.replace_file(temporary, self.path)
+        except OSError as exc:
+            logger.info("compiled kernels are not kept: %s", exc)
