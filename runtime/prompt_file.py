@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
+from t2v_rt.runtime.array_file import load_arrays, save_arrays
 
 Array = NDArray[np.float32]
-SUFFIX = ".npz"
+PROMPT_EMBEDS = "prompt embeddings"  # as errors call what such a file keeps
+ARRAYS, SETTINGS = ("prompt_embeds", "negative_prompt_embeds"), ("encoder_id", "prompt", "negative_prompt")
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,6 @@ class PromptEmbeds:
     negative_prompt_embeds: Array
 
 
-def check_prompt_path(path: str | Path) -> Path:
-    """Checks that embeddings can be written to a path; raises RequestError where they cannot."""
-    target = Path(path)
-    if target.suffix.lower() != SUFFIX or target.is_dir():
-        raise RequestError(f"{target}: prompt embeddings are kept in a {SUFFIX} file; give a name that ends so")
-    platform.check_writable_parent(target)
-    return target
-
-
 def save_prompt(path: str | Path, embeds: PromptEmbeds, manifest: Manifest) -> None:
     """Writes embeddings, each at its own length, whole or not at all; the same ones give the same bytes.
 
@@ -56,22 +45,13 @@ def save_prompt(path: str | Path, embeds: PromptEmbeds, manifest: Manifest) -> N
     Raises:
         RequestError: the path cannot be written to.
     """
-    target = check_prompt_path(path)
-    told = {
+    settings = {
         "encoder_id": manifest.encoder_id,
         "prompt": embeds.prompt,
         "negative_prompt": embeds.negative_prompt,
     }
-    arrays: dict[str, NDArray[Any]] = {"told": np.array(json.dumps(told, ensure_ascii=False))}
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        arrays[name] = _unpadded(getattr(embeds, name)[0])
-    temporary = platform.temporary_sibling(target)
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        platform.replace_file(temporary, target)
-    finally:
-        platform.remove_tree(temporary)
+    arrays = {name: _unpadded(getattr(embeds, name)[0]) for name in ARRAYS}
+    save_arrays(path, PROMPT_EMBEDS, arrays, settings)
 
 
 def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
@@ -84,14 +64,8 @@ def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
     Raises:
         RequestError: the file is missing, damaged, or of another text encoder.
     """
-    try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            told: dict[str, Any] = dict(json.loads(str(content["told"])))
-            arrays = [content["prompt_embeds"], content["negative_prompt_embeds"]]
-            encoder = str(told["encoder_id"])
-            texts = str(told["prompt"]), str(told["negative_prompt"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as exc:
-        raise RequestError(f"{path}: no prompt embeddings can be read ({exc}); make them with t2v-rt encode") from exc
+    arrays, settings = load_arrays(path, PROMPT_EMBEDS, ARRAYS, "t2v-rt encode", SETTINGS)
+    encoder, prompt, negative_prompt = (str(settings[name]) for name in SETTINGS)
     if encoder != manifest.encoder_id:
         raise RequestError(
             f"{path} was made by the text encoder {encoder}, the bundle's is {manifest.encoder_id}; make it again with "
@@ -105,7 +79,7 @@ def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
             )
         if len(array) > model.text_length or not np.all(np.isfinite(array)):
             raise RequestError(f"{path} is damaged: too many positions or values that are not finite; make it again")
-    return PromptEmbeds(*texts, *(_padded(array, model.text_length) for array in arrays))
+    return PromptEmbeds(prompt, negative_prompt, *(_padded(array, model.text_length) for array in arrays))
 
 
 def _unpadded(rows: Array) -> Array:

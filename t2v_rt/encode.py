@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines import platform
+from t2v_rt.runtime.array_file import check_array_path
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
-from t2v_rt.runtime.prompt_file import PromptEmbeds, check_prompt_path, save_prompt
+from t2v_rt.runtime.prompt_file import PROMPT_EMBEDS, PromptEmbeds, save_prompt
 
 
 def encode(
@@ -45,7 +46,7 @@ def encode(
         RequestError: the output cannot be written, or the bundle has no text encoder.
         EngineError: the text encoder failed.
     """
-    check_prompt_path(output)
+    check_array_path(output, PROMPT_EMBEDS)
     pipe = TextToVideoPipeline.from_pretrained(
         folder, backend, vram_budget, provider=provider, threads=threads, trust=trust
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.latents import check_latents_path, load_latents, save_latents
+from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
 from t2v_rt.runtime.pipeline import StepCallback, TextToVideoPipeline
 from t2v_rt.runtime.prompt_file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.run import FrameStream
@@ -25,6 +25,7 @@ from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
 SHEET_COLUMNS = 6
+LATENTS = "latents"  # the array, and what errors call it
 GUIDANCE_BATCH = {"auto": None, "on": True, "off": False}
 
 
@@ -70,7 +71,7 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     digest, seconds = _write(options, frames, fps, settings, metadata)
     stages = dict(stream.stage_seconds) if stream else {"encode": 0.0, "denoise": 0.0, "decode": seconds["decode"]}
     if options.save_latents and stream is not None and stream.latents is not None:
-        save_latents(options.save_latents, stream.latents, settings)
+        save_arrays(options.save_latents, LATENTS, {LATENTS: stream.latents}, settings)
     return {
         "output": str(options.output),
         "frames_sha256": digest,
@@ -97,7 +98,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_output(options.output)
     if options.save_latents is not None:
-        check_latents_path(options.save_latents)
+        check_array_path(options.save_latents, LATENTS)
     if options.contact_sheet is not None:
         platform.check_writable_parent(Path(options.contact_sheet))
     if options.preview is not None:
@@ -168,7 +169,7 @@ def _sample_only(
     pipe: TextToVideoPipeline, options: argparse.Namespace, stream: FrameStream, settings: dict[str, Any]
 ) -> dict[str, Any]:
     latents = stream.sample()
-    save_latents(options.save_latents, latents, settings)
+    save_arrays(options.save_latents, LATENTS, {LATENTS: latents}, settings)
     return {
         "output": str(options.save_latents),
         **settings,
@@ -181,7 +182,7 @@ def _sample_only(
 
 
 def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    latents, settings = load_latents(path)
+    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), "t2v-rt generate … --save-latents")
     model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
     if not known or latents.shape != wan.latent_shape(
         model, 1, settings["height"], settings["width"], settings["num_frames"]

@@ -1,0 +1,86 @@
+"""Arrays and the settings that determined them in one .npz file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines import platform
+from t2v_rt.errors import RequestError
+
+SUFFIX, SETTINGS = ".npz", "settings"
+
+
+def check_array_path(path: str | Path, what: str) -> Path:
+    """Checks that such a file can be written.
+
+    Args:
+        path: of the file.
+        what: it keeps, named in errors.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    target = Path(path)
+    if target.suffix.lower() != SUFFIX or target.is_dir():
+        raise RequestError(f"{target}: {what} are kept in a {SUFFIX} file; give a name that ends so")
+    platform.check_writable_parent(target)
+    return target
+
+
+def save_arrays(path: str | Path, what: str, arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]) -> None:
+    """Writes arrays and settings, whole or not at all; the same ones give the same bytes.
+
+    Args:
+        path: of the file.
+        what: it keeps, named in errors.
+        arrays: by name.
+        settings: plain JSON values.
+
+    Raises:
+        RequestError: the path cannot be written to.
+    """
+    target = check_array_path(path, what)
+    named: dict[str, NDArray[Any]] = {**arrays, SETTINGS: np.array(json.dumps(settings, ensure_ascii=False))}
+    temporary = platform.temporary_sibling(target)
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(stream, **named)  # type: ignore[arg-type]
+        platform.replace_file(temporary, target)
+    finally:
+        platform.remove_tree(temporary)
+
+
+def load_arrays(
+    path: str | Path, what: str, names: tuple[str, ...], maker: str, expected: tuple[str, ...] = ()
+) -> tuple[list[NDArray[Any]], dict[str, Any]]:
+    """Reads what `save_arrays` wrote.
+
+    Args:
+        path: of the file.
+        what: it keeps, named in errors.
+        names: of the arrays.
+        maker: the command that makes such a file.
+        expected: settings that it has.
+
+    Returns:
+        The arrays in that order, and the settings.
+
+    Raises:
+        RequestError: the file is missing, damaged or another one.
+    """
+    try:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+            settings = dict(json.loads(str(content[SETTINGS])))
+            missing = [key for key in expected if key not in settings]
+            if missing:
+                raise KeyError(*missing)
+            return [content[name] for name in names], settings
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile) as exc:
+        raise RequestError(f"{path}: no {what} can be read ({exc}); make them with {maker}") from exc
