@@ -99,7 +99,9 @@ class TensorRTEngine(Engine):
         self._context: Any = None
         self._kernels: Any = None
         self._kept: bytes | None = None
+        self._calls = 0
         self._profile = -1
+        self._workspace: tuple[int, int] | None = None  # address and bytes; the memory itself is the card's
         self._device: dict[str, DeviceBuffer] = {}
         self._host: dict[str, NDArray[Any]] = {}
         self._sticky: dict[str, list[tuple[weakref.ref[NDArray[Any]], DeviceBuffer]]] = {}
@@ -113,43 +115,61 @@ class TensorRTEngine(Engine):
             if self._engine is None:
                 raise EngineError(f"{self.name}: the engine is closed; open the component again")
             self._card.cuda.activate()
-            self._prepare(profile)
-            for spec in self.inputs:
-                self._bind_input(spec.name, feeds[spec.name])
-            if isinstance(state, DeviceState):
-                self._bind_state(state)
-            for spec in self.outputs:
-                self._bind_output(spec.name, spec.resolve(sizes), spec.numpy_dtype)
-            if not self._context.execute_async_v3(self._card.cuda.stream):
-                raise self._card.failure(self.name)
-            for spec in self.outputs:
-                self._card.cuda.download(self._device[spec.name], self._host[spec.name])
-            self._card.cuda.synchronize()
+            try:
+                self._prepare(profile)
+                self._execute(feeds, state, sizes)
+            except EngineError:
+                raise
+            except RuntimeError as exc:  # the bindings raise it for some calls, and return False for others
+                raise self._card.failure(self.name) from exc
             if isinstance(state, DeviceState):
                 state.rotate(self.states)
-            self._keep_kernels()
+            self._calls += 1
+            if self._calls & (self._calls - 1) == 0:  # most kernels are compiled at the first calls, some behind them
+                self._keep_kernels()
             return {spec.name: self._host[spec.name].copy() for spec in self.outputs}
+
+    def _execute(self, feeds: Feeds, state: EngineState | None, sizes: dict[str, int]) -> None:
+        """Feeds in, outputs to pinned memory; waits for all of it."""
+        for spec in self.inputs:
+            self._bind_input(spec.name, feeds[spec.name])
+        if isinstance(state, DeviceState):
+            self._bind_state(state)
+        for spec in self.outputs:
+            self._bind_output(spec.name, spec.resolve(sizes), spec.numpy_dtype)
+        if not self._context.execute_async_v3(self._card.cuda.stream):
+            raise self._card.failure(self.name)
+        for spec in self.outputs:
+            self._card.cuda.download(self._device[spec.name], self._host[spec.name])
+        self._card.cuda.synchronize()
 
     # -- before the call ---------------------------------------------------------------------------------------------
 
     def _prepare(self, profile: int) -> None:
-        """Makes the context at the first call, gives it the workspace, and switches to a profile."""
+        """Makes the context at the first call, switches to a profile, and gives it the workspace."""
         assert self.spec.plan is not None
-        needed = int(self._engine.get_device_memory_size_for_profile_v2(profile))
-        workspace = self._card.workspace(needed)
+        fixed = all(size.fixed for item in self.spec.plan.profiles for size in item.sizes.values())
+        graphs = fixed and not self.states  # states change their buffers from call to call
+        workspace = self._card.workspace(int(self._engine.get_device_memory_size_for_profile_v2(profile)))
+        if graphs and self._workspace != (workspace.address, workspace.nbytes):
+            self._drop_context()  # with graphs that were recorded on other memory
         if self._context is None:
-            fixed = all(size.fixed for item in self.spec.plan.profiles for size in item.sizes.values())
-            graphs = fixed and not self.states  # states change their buffers from call to call
             self._kept = self._cache.read()
             self._context, self._kernels = self._card.library.create_context(self._engine, self._kept, graphs)
             if self._context is None:
                 raise self._card.failure(self.name)
-        self._context.set_device_memory(workspace.address, workspace.nbytes)
         if profile != self._profile:
             if not self._context.set_optimization_profile_async(profile, self._card.cuda.stream):
                 raise self._card.failure(self.name)
             self._card.cuda.synchronize()
             self._profile = profile
+        self._workspace = workspace.address, workspace.nbytes
+        self._context.set_device_memory(*self._workspace)
+
+    def _drop_context(self) -> None:
+        self._keep_kernels()
+        self._context = self._kernels = self._workspace = None
+        self._profile = -1
 
     def _bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
         context = self._context
@@ -223,8 +243,9 @@ class TensorRTEngine(Engine):
             if self._engine is None:
                 return
             self._card.cuda.activate()
+            self._drop_context()
             self._card.release_workspace()
-            self._context = self._kernels = self._engine = None
+            self._engine = None
             self._device, self._host, self._sticky = {}, {}, {}
 
 

@@ -16,6 +16,7 @@ from t2v_rt.runtime import wan
 from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
+RGB = 3 * FLOAT
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
 HEAD_COPIES = 25  # of the decoder's largest cache, what activations take in ONNX Runtime's arena, as measured: head,
@@ -36,7 +37,8 @@ class StageMemory:
         weights_bytes: of its component.
         context_bytes: activations while it runs.
         state_bytes: caches that stay from call to call.
-        io_bytes: latents, embeddings and frames at its boundary.
+        io_bytes: latents, embeddings, features and frames at its engines' boundaries.
+        staging_bytes: pinned memory of the host, through which these come and go; not in any sum.
     """
 
     name: str
@@ -44,15 +46,11 @@ class StageMemory:
     context_bytes: int
     state_bytes: int
     io_bytes: int
-
-    @property
-    def work_bytes(self) -> int:
-        """All but the weights."""
-        return self.context_bytes + self.state_bytes + self.io_bytes
+    staging_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.work_bytes
+        return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,11 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is held at once, the reserve included."""
+        """The most that is held at once, the reserve included; engines that stay loaded keep their boundaries too."""
         if self.resident:
-            weights = sum(stage.weights_bytes for stage in self.stages)
-            return self.reserve_bytes + weights + max(stage.work_bytes for stage in self.stages)
-        return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
+            kept = sum(stage.weights_bytes + stage.io_bytes for stage in self.stages)
+            return self.reserve_bytes + kept + max(stage.context_bytes + stage.state_bytes for stage in self.stages)
+        return self.least_bytes
 
     @property
     def fits(self) -> bool:
@@ -149,45 +147,26 @@ def make_plan(
     Raises:
         RequestError: more tiles than there are features, or a grid that the engines were not built for.
     """
-    model, components = manifest.model, manifest.components
-    batch, channels, frames, height, width = shape
-    tokens = (frames // model.patch[0]) * (height // model.patch[1]) * (width // model.patch[2])
-    latents = batch * channels * frames * height * width * FLOAT
-    calls = 2 * batch if one_batch else batch
-    text = model.text_length * model.text_dim * FLOAT
-    encoder = components.get("text_encoder")
-    encode = StageMemory("encode", 0, 0, 0, 0)
-    if encoder is not None:
-        encode = _encode_stage(encoder, model.text_length, text)
-    sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
-    told = built_context(components["transformer"], "model", sizes)
-    estimated = told is None or not holds(manifest.profiles, *wan.video_size(model, shape))
-    denoise = StageMemory(
-        "denoise",
-        components["transformer"].weights_bytes,
-        calls * (model.heads * tokens * tokens + tokens * model.hidden_dim * TOKEN_COPIES) * FLOAT
-        if told is None
-        else told,
-        0,
-        LATENT_COPIES * latents * calls // batch + 2 * batch * text,
-    )
-    kept = latents + kept_frames * height * width * model.spatial_factor**2 * 3 * FLOAT
+    vae, (*_, height, width) = manifest.components["vae_decoder"], shape
+    latents = prod(shape) * FLOAT
+    denoise, estimated = _denoise_stage(manifest, shape, one_batch)
+    kept = 0 if on_card(manifest) else latents + kept_frames * prod(wan.video_size(manifest.model, shape)[:2]) * RGB
     reserve = CARD_RESERVE if on_card(manifest) else 0
     limit, ways = room if budget is None else budget, []
+    encode = _encode_stage(manifest, streamed=False)
     for tiles, parks in decode_ways(manifest, grid):
-        decode, parked = _decode_stage(components["vae_decoder"], height, width, tiles, kept, parks)
+        decode, parked = decode_stage(vae, height, width, tiles, kept, parks)
         ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated))
         if budget is None or decode.total_bytes + reserve <= budget:
-            return _settled(ways[-1], encoder, limit)
-    return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), encoder, limit)
+            return _settled(ways[-1], manifest, limit)
+    return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), manifest, limit)
 
 
-def _settled(plan: MemoryPlan, encoder: ComponentSpec | None, limit: int | None) -> MemoryPlan:
+def _settled(plan: MemoryPlan, manifest: Manifest, limit: int | None) -> MemoryPlan:
     """The plan of loaded weights, with fewer of them loaded where they do not keep to the limit together."""
     if limit is None or plan.peak_bytes <= limit:
         return plan
-    parts = encoder.parts if encoder is not None else ()
-    encode = replace(plan.stages[0], weights_bytes=max((part.weights_bytes for part in parts), default=0))
+    encode = _encode_stage(manifest, streamed=True)
     return replace(plan, stages=(encode, *plan.stages[1:]), resident=plan.budget_bytes is None, streamed=True)
 
 
@@ -219,10 +198,44 @@ def decode_ways(manifest: Manifest, grid: Grid | None) -> list[tuple[Grid, bool]
     return [(item, False) for item in grids] + [(item, True) for item in parkable]
 
 
-def _encode_stage(encoder: ComponentSpec, length: int, text: int) -> StageMemory:
-    """The encode stage with all engines loaded; `text` bytes of embeddings, of so many tokens, go in and out."""
-    told = built_context(encoder, BLOCKS, {"batch": 1, "length": length})
-    return StageMemory("encode", encoder.weights_bytes, text if told is None else told, 0, 2 * text)
+def _encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
+    """The encode stage, with all engines loaded or one at a time."""
+    encoder, model = manifest.components.get("text_encoder"), manifest.model
+    if encoder is None:
+        return StageMemory("encode", 0, 0, 0, 0)
+    sizes = {"batch": 1, "length": model.text_length}
+    text = model.text_length * model.text_dim * FLOAT
+    told = built_context(encoder, BLOCKS, sizes)
+    together = max if streamed else sum
+    weights = together(part.weights_bytes for part in encoder.parts)
+    if told is None:
+        return StageMemory("encode", weights, text, 0, 2 * text)
+    crossing = together(boundary_bytes(part, "", sizes) for part in encoder.parts)
+    return StageMemory("encode", weights, told, 0, crossing, crossing)
+
+
+def _denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) -> tuple[StageMemory, bool]:
+    """The denoise stage of latents of a shape (B, C, F, H, W), and whether its context is an estimate."""
+    model, denoiser = manifest.model, manifest.components["transformer"]
+    batch, _, frames, height, width = shape
+    text = 2 * batch * model.text_length * model.text_dim * FLOAT
+    sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
+    told = built_context(denoiser, "model", sizes)
+    if told is not None:
+        crossing = boundary_bytes(denoiser, "model", sizes)
+        stage = StageMemory("denoise", denoiser.weights_bytes, told, 0, crossing + text, crossing)
+        return stage, not holds(manifest.profiles, *wan.video_size(model, shape))
+    calls = 2 * batch if one_batch else batch
+    tokens = prod(size // patch for size, patch in zip((frames, height, width), model.patch, strict=True))
+    context = calls * (model.heads * tokens * tokens + tokens * model.hidden_dim * TOKEN_COPIES) * FLOAT
+    latents = LATENT_COPIES * prod(shape) * FLOAT * calls // batch
+    return StageMemory("denoise", denoiser.weights_bytes, context, 0, latents + text), True
+
+
+def boundary_bytes(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of the inputs and outputs of a component's engines whose roles begin with `part`."""
+    graphs = [graph for role, graph in component.graphs.items() if role.startswith(part)]
+    return sum(spec.nbytes(sizes) for graph in graphs for spec in (*graph.inputs, *graph.outputs))
 
 
 def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
@@ -250,10 +263,19 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
     return max(contexts)
 
 
-def _decode_stage(
+def decode_stage(
     vae: ComponentSpec, height: int, width: int, grid: Grid, kept: int, parks: bool
 ) -> tuple[StageMemory, int]:
-    """The decode stage of latents of `height` x `width` in a grid of tiles, and the bytes parked in host memory."""
+    """The decode stage, and the bytes of caches that wait in host memory.
+
+    Args:
+        vae: from the manifest.
+        height: of the latents.
+        width: of the latents.
+        grid: of tiles.
+        kept: bytes that are held besides.
+        parks: whether the caches of all tiles but one wait in host memory.
+    """
     assert vae.tiles is not None
     rows, columns = height * vae.tiles.scale, width * vae.tiles.scale
     tile = fed_length(rows, grid[0], vae.tiles), fed_length(columns, grid[1], vae.tiles)
@@ -261,7 +283,7 @@ def _decode_stage(
     head, written = _state_bytes(vae, "head", whole_sizes)
     tail, spare = _state_bytes(vae, "tail", tile_sizes)
     count = grid[0] * grid[1]
-    features = sum(spec.nbytes(whole_sizes) for spec in vae.graphs["head_next"].outputs)
+    crossing = boundary_bytes(vae, "head", whole_sizes) + boundary_bytes(vae, "tail", tile_sizes)
     told = [built_context(vae, part, at) for part, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
     guessed = (
@@ -272,9 +294,10 @@ def _decode_stage(
     decode = StageMemory(
         "decode",
         vae.weights_bytes,
-        features + (max(known) if known else guessed),
+        max(known) if known else guessed,
         head + written + (1 if parks else count) * tail + spare,
-        kept,
+        kept + crossing,
+        crossing if known else 0,
     )
     return decode, count * tail if parks else 0
 

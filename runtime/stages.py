@@ -158,7 +158,7 @@ class Stages:
                     raise
                 (rows, columns), parks = ways[1]
                 where = ", caches in host memory" if parks else ""
-                logger.warning("%s; decoding again in %dx%d tiles%s", exc, rows, columns, where)
+                logger.warning("%s; decoding again in %dx%d tiles%s", str(exc), rows, columns, where)
                 ways = ways[1:]
                 self.release("vae_decoder")  # with all that the failed try had allocated
 

@@ -87,15 +87,18 @@ def plan_request(
 def describe(report: Mapping[str, Any]) -> list[str]:
     """The plan as a table for a person."""
     rows, columns = report["vae_tiles"]
+    staged = any(stage["staging_bytes"] for stage in report["stages"])
     lines = [
         f"{report['width']}x{report['height']}, {report['num_frames']} frames, {report['backend']}, "
         f"{'contexts estimated' if report['estimated'] else 'contexts as the builder told them'}; "
         f"VAE tiles {rows}x{columns}"
         + (f", {report['parked_bytes'] / GB:.2f} GB of their caches in host memory" if report["parked_bytes"] else ""),
-        f"{'GB':8}{'weights':>9}{'context':>9}{'state':>9}{'io':>9}{'total':>9}",
+        f"{'GB':8}{'weights':>9}{'context':>9}{'state':>9}{'io':>9}{'total':>9}"
+        + (f"{'staging':>9} (pinned, of the host)" if staged else ""),
     ]
     for stage in report["stages"]:
         cells = [*(stage[part] for part in PARTS), stage["total_bytes"]]
+        cells += [stage["staging_bytes"]] if staged else []
         lines.append(f"{stage['name']:8}" + "".join(f"{cell / GB:9.3f}" for cell in cells))
     kept = "all weights stay loaded" if report["resident"] else "each stage's weights are released after it"
     kept += ", the text encoder's engine by engine" if report["streamed"] else ""

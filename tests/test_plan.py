@@ -26,8 +26,10 @@ def test_stages_add_up(narrow: Tiny) -> None:
     assert report["budget_bytes"] == 8 * 2**30
     assert report["fits"]
     assert report["resident"]
-    work = [stage["total_bytes"] - stage["weights_bytes"] for stage in report["stages"]]
-    assert report["peak_bytes"] == sum(stage["weights_bytes"] for stage in report["stages"]) + max(work)
+    kept = sum(stage["weights_bytes"] + stage["io_bytes"] for stage in report["stages"])
+    assert report["peak_bytes"] == kept + max(
+        stage["context_bytes"] + stage["state_bytes"] for stage in report["stages"]
+    )
 
 
 def test_the_peak_is_that_of_the_largest_stage_where_not_all_fit(narrow: Tiny) -> None:

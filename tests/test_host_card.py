@@ -1,0 +1,192 @@
+"""The TensorRT runtime around its library: real plans' bundles, on a card in host memory (see `host_card`)."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2v_rt import EngineError, TextToVideoPipeline, build_engines
+from t2v_rt.build import BuildRequest
+from t2v_rt.cli import main
+from t2v_rt.engines.bundle import Bundle
+from t2v_rt.errors import OutOfMemoryError
+from t2v_rt.runtime import memory_plan
+from t2v_rt.runtime.noise import Generator
+from tests.conftest import Tiny
+from tests.host_card import HostCuda, HostLibrary, plans_by_hash
+
+HEIGHT, WIDTH, FRAMES = 192, 256, 9
+SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+STEPS = 4
+REQUEST = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
+SHAPE = (1, 4, 3, HEIGHT // 8, WIDTH // 8)  # of the latents
+ROOM = 10**9
+SAME_VIDEO = 2e-2  # mean difference of frames in [0, 1]: half operands, summed in another order over a few steps
+Insert = Callable[[int], HostLibrary]
+
+
+@pytest.fixture(scope="module")
+def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
+    folder = tmp_path_factory.mktemp("plans") / "bundle"
+    return build_engines(narrow.checkpoint, folder, backend="tensorrt-rtx", gpus="sm86", **SIZE)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def graphs(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The graphs that the plans were built from, but for bfloat16, which ONNX Runtime's CPU does not multiply."""
+    folder = tmp_path_factory.mktemp("graphs")
+    sizes = (HEIGHT, WIDTH, FRAMES)
+    job, manifest = BuildRequest(narrow.checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=sizes).prepare()
+    return {
+        (part.component, role): folder / graph.path
+        for part in job.parts(manifest)
+        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
+    }
+
+
+@pytest.fixture
+def insert(
+    plans: Bundle, graphs: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Insert]:
+    """Puts a card of so many bytes into the machine; all of them are given back in the end."""
+    cards = []
+
+    def card(capacity: int) -> HostLibrary:
+        cuda = HostCuda(capacity)
+        library = HostLibrary(cuda, plans.manifest.builder["tensorrt-rtx"], plans_by_hash(plans, graphs))
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cards.append(cuda)
+        return library
+
+    yield card
+    gc.collect()
+    assert all(cuda.used("d") == cuda.used("h") == 0 for cuda in cards)
+
+
+def run(plans: Bundle, **settings: object) -> TextToVideoPipeline:
+    return TextToVideoPipeline.from_pretrained(plans.folder, trust=True, prompt_cache=False, **settings)  # type: ignore[arg-type]
+
+
+def test_a_video(plans: Bundle, narrow: Tiny, insert: Insert) -> None:
+    insert(ROOM)
+    expected = TextToVideoPipeline.from_pretrained(narrow.bundle)("a red ball", **REQUEST)  # type: ignore[arg-type]
+    for tiles in ("1x1", "2x2", "3x4"):
+        with run(plans, vae_tiles=tiles) as pipe:
+            found = pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            assert np.abs(found.frames - expected.frames).mean() < SAME_VIDEO
+            again = pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            assert np.array_equal(found.frames, again.frames)
+
+
+def test_parked_caches(plans: Bundle, insert: Insert) -> None:
+    insert(ROOM)
+    with run(plans, vae_tiles="2x2") as pipe:
+        latents = pipe("a red ball", output_type="latent", **REQUEST).frames  # type: ignore[arg-type]
+        free = np.concatenate(list(pipe.decode(latents)))
+        with pipe.stages.stage("vae_decoder") as vae:
+            parked = np.concatenate(list(pipe.stages._frames(vae, latents, (2, 2), True, 0, None)))
+    assert np.array_equal(free, parked)
+
+
+def test_graphs_are_recorded_once(plans: Bundle, insert: Insert) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe:
+        for _ in range(2):  # the second after the workspace has grown for decoding
+            pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        recorded = library.recorded
+        assert recorded >= 2
+        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        assert library.recorded == recorded
+        assert library.replayed >= 2 * STEPS
+
+
+def test_kernels_are_compiled_once(plans: Bundle, insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe:
+        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+    assert library.compiled
+    library.compiled.clear()
+    with run(plans) as pipe:
+        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+    assert not library.compiled
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 2), (3, 4)])
+@pytest.mark.parametrize("parks", [False, True])
+def test_a_decode_takes_what_was_planned(plans: Bundle, insert: Insert, tiles: tuple[int, int], parks: bool) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe, pipe.stages.stage("vae_decoder") as vae:  # which tests the engines as well
+        latents = Generator(0).randn(SHAPE)
+        gc.collect()
+        library.cuda.peak = 0
+        for _ in pipe.stages._frames(vae, latents, tiles, parks, 0, None):
+            pass
+        planned, _ = memory_plan.decode_stage(vae.spec, *SHAPE[-2:], tiles, 0, parks and tiles != (1, 1))
+        assert library.cuda.peak == planned.total_bytes
+
+
+def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe:  # tests the engines
+        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        plan = pipe.stages.plan(SHAPE, kept_frames=0, one_batch=False)
+    least = plan.least_bytes
+    for budget, most in ((None, plan.peak_bytes), (least, least)):
+        with run(plans, vram_budget=budget) as pipe:
+            library.cuda.peak = 0
+            pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            assert library.cuda.peak <= most - plan.reserve_bytes
+            assert library.cuda.peak > 0.9 * (most - plan.reserve_bytes)
+    assert plan.resident
+    assert least < plan.peak_bytes
+
+
+def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureFixture) -> None:
+    library = insert(ROOM)
+    latents = Generator(0).randn(SHAPE)
+    with run(plans, vae_tiles="1x1") as pipe:
+        expected = np.concatenate(list(pipe.decode(latents)))
+        pipe.stages.release("vae_decoder")
+        gc.collect()
+        library.cuda.peak = 0
+        list(pipe.decode(latents))
+        whole = library.cuda.peak
+    with run(plans) as pipe, caplog.at_level(logging.WARNING):
+        library.cuda.capacity = whole - 1
+        found = np.concatenate(list(pipe.decode(latents)))
+        assert "out of memory" in caplog.text
+        assert caplog.text.count("decoding again in 2x2 tiles") == caplog.text.count("decoding again") == 1
+        assert np.abs(found - expected).max() < SAME_VIDEO
+        library.cuda.capacity = whole // 100
+        pipe.stages.release("vae_decoder")
+        with pytest.raises(OutOfMemoryError, match=r"out of memory|OutOfMemory") as caught:
+            list(pipe.decode(latents))
+        del caught  # and with it what the failed call had allocated
+
+
+def test_what_the_library_refuses_is_told(plans: Bundle, insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
+    insert(ROOM)
+    with run(plans) as pipe:
+        engine = pipe.stages.component("transformer").engines["model"]
+        sizes = {"batch": 1, "frames": SHAPE[2], "height": SHAPE[3], "width": SHAPE[4]}
+        feeds = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in engine.inputs}
+        monkeypatch.setattr("t2v_rt.engines.backend_tensorrt.choose_profile", lambda *_: 5)
+        monkeypatch.setattr("tests.host_card.HostEngine.get_device_memory_size_for_profile_v2", lambda *_: 1)
+        with pytest.raises(EngineError, match="transformer: tensorrt-rtx failed: there is no profile 5"):
+            engine.infer(feeds)
+
+
+def test_the_self_test(plans: Bundle, insert: Insert, capsys: pytest.CaptureFixture[str]) -> None:
+    insert(ROOM)
+    assert main(["verify", str(plans.folder), "--trust"]) == 0
+    assert capsys.readouterr().out.count("passed") == 3
