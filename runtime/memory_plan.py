@@ -103,8 +103,8 @@ class MemoryPlan:
             advice: of `advise`.
         """
         worst = max(self.stages, key=lambda stage: stage.total_bytes).name
-        needed = f"{self.least_bytes / 1e9:.1f} GB in {worst}"
-        return f"this request needs about {needed}, {what} is {room / 1e9:.1f} GB; {advice}"
+        needed = f"{self.least_bytes / 1e9:.3g} GB in {worst}"
+        return f"this request needs about {needed}, {what} is {room / 1e9:.3g} GB; {advice}"
 
 
 def parse_bytes(text: str | int) -> int:
