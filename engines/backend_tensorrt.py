@@ -8,6 +8,7 @@ One GPU stream and one workspace serve all engines of a pipeline, which run one 
 
 from __future__ import annotations
 
+import logging
 import mmap
 import weakref
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from t2v_rt.engines.plans import nearest_profile
 from t2v_rt.engines.tensorrt_library import Library, load_library
 from t2v_rt.engines.trust import check_trust
 from t2v_rt.errors import BackendError, EngineError
+
+logger = logging.getLogger(__name__)
 
 
 def check_version(manifest: Manifest, library: Library) -> None:
@@ -232,8 +235,12 @@ class TensorRTEngine(Engine):
         """Keeps what the library has compiled since the last time."""
         if self._kernels is None:
             return
-        with self._kernels.serialize() as memory:
-            content = bytes(memory)
+        try:
+            with self._kernels.serialize() as memory:
+                content = bytes(memory)
+        except RuntimeError as exc:  # as after a fault of the GPU, when all that is left is to let go
+            logger.info("compiled kernels are not kept: %s", exc)
+            return
         if content != self._kept:
             self._cache.write(content)
             self._kept = content

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from t2v_rt import EngineError, TextToVideoPipeline, build_engines
+from t2v_rt import EngineError, RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.build import BuildRequest
 from t2v_rt.cli import main
 from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.plans import PlanSpec
 from t2v_rt.errors import OutOfMemoryError
 from t2v_rt.runtime import memory_plan
 from t2v_rt.runtime.noise import Generator
@@ -24,6 +26,7 @@ from tests.host_card import HostCuda, HostLibrary, plans_by_hash
 
 HEIGHT, WIDTH, FRAMES = 192, 256, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+SEVERAL: dict[str, Any] = {"height": "64,128", "width": 64, "num_frames": "9,5:9"}
 STEPS = 4
 REQUEST = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
 SHAPE = (1, 4, 3, HEIGHT // 8, WIDTH // 8)  # of the latents
@@ -40,11 +43,18 @@ def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def graphs(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """The graphs that the plans were built from, but for bfloat16, which ONNX Runtime's CPU does not multiply."""
-    folder = tmp_path_factory.mktemp("graphs")
-    sizes = (HEIGHT, WIDTH, FRAMES)
-    job, manifest = BuildRequest(narrow.checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=sizes).prepare()
+def several(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Two sizes, of which one is a range."""
+    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
+    folder = tmp_path_factory.mktemp("several") / "bundle"
+    return build_engines(narrow.checkpoint, folder, backend="tensorrt-rtx", gpus="sm86", **SEVERAL)
+
+
+def exported(checkpoint: Path, sizes: Sequence[int | str], folder: Path) -> dict[tuple[str, str], Path]:
+    """The graphs that plans are built from, but for bfloat16, which ONNX Runtime's CPU does not multiply."""
+    height, width, frames = sizes
+    request = BuildRequest(checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=(height, width, frames))
+    job, manifest = request.prepare()
     return {
         (part.component, role): folder / graph.path
         for part in job.parts(manifest)
@@ -52,16 +62,28 @@ def graphs(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
     }
 
 
+@pytest.fixture(scope="module")
+def readable(
+    plans: Bundle, several: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, PlanSpec]]:
+    """The plans that the library can read."""
+    result = {}
+    for bundle, sizes in ((plans, SIZE), (several, SEVERAL)):
+        graphs = exported(narrow.checkpoint, tuple(sizes.values()), tmp_path_factory.mktemp("graphs"))
+        result |= plans_by_hash(bundle, graphs)
+    return result
+
+
 @pytest.fixture
 def insert(
-    plans: Bundle, graphs: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    plans: Bundle, readable: dict[str, tuple[Path, PlanSpec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Insert]:
     """Puts a card of so many bytes into the machine; all of them are given back in the end."""
     cards = []
 
     def card(capacity: int) -> HostLibrary:
         cuda = HostCuda(capacity)
-        library = HostLibrary(cuda, plans.manifest.builder["tensorrt-rtx"], plans_by_hash(plans, graphs))
+        library = HostLibrary(cuda, plans.manifest.builder["tensorrt-rtx"], readable)
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -86,6 +108,21 @@ def test_a_video(plans: Bundle, narrow: Tiny, insert: Insert) -> None:
             assert np.abs(found.frames - expected.frames).mean() < SAME_VIDEO
             again = pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
             assert np.array_equal(found.frames, again.frames)
+
+
+def test_several_sizes(several: Bundle, narrow: Tiny, insert: Insert) -> None:
+    insert(ROOM)
+    reference = TextToVideoPipeline.from_pretrained(narrow.bundle)
+    results = []
+    with run(several) as pipe:
+        for height, frames in ((64, 9), (128, 5), (128, 9), (64, 9), (128, 5)):
+            request: dict[str, Any] = {**REQUEST, "height": height, "width": 64, "num_frames": frames}
+            results.append(pipe("a red ball", **request).frames)
+            assert np.abs(results[-1] - reference("a red ball", **request).frames).mean() < SAME_VIDEO
+        with pytest.raises(RequestError, match="not built for 64x64 with 5 frames"):
+            pipe("a red ball", **{**REQUEST, "height": 64, "width": 64, "num_frames": 5})  # type: ignore[arg-type]
+    assert np.array_equal(results[0], results[3])
+    assert np.array_equal(results[1], results[4])
 
 
 def test_parked_caches(plans: Bundle, insert: Insert) -> None:
