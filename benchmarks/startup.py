@@ -1,4 +1,4 @@
-"""Start-up and memory: import cost, process start to finished video against diffusers, memory of the decoder.
+"""Start-up: import cost, and process start to finished video against diffusers.
 
     python -m t2v_rt.benchmarks.startup --engines build/demo --checkpoint demo/bouncing-shapes
 
@@ -37,17 +37,6 @@ with open_writer(output, fps=fps, width=width, height=height, num_frames=count, 
     for frame in (frames * 255).round().astype("uint8"):
         writer.write(frame)
 """
-DECODE = """
-import sys
-from t2v_rt import TextToVideoPipeline
-from t2v_rt.engines.platform import peak_rss_bytes
-from t2v_rt.runtime.noise import Generator
-pipe = TextToVideoPipeline.from_pretrained(sys.argv[1])
-model, count = pipe.manifest.model, int(sys.argv[2])
-shape = (1, model.latent_channels, (count - 1) // model.temporal_factor + 1, 32, 32)
-assert sum(len(chunk) for chunk in pipe.decode(Generator(0).randn(shape))) == count
-print(peak_rss_bytes())
-"""
 
 
 def seconds(command: Sequence[str]) -> float:
@@ -78,15 +67,10 @@ def measure(engines: Path, checkpoint: Path, rounds: int) -> dict[str, object]:
         ours += ["--output", f"{folder}/ours.mp4", "--seed", "0"]
         theirs = python(DIFFUSERS, str(checkpoint), f"{folder}/theirs.mp4", PROMPT, *size)
         video = compare(ours, theirs, rounds)
-    peaks = {
-        str(count): int(subprocess.check_output(python(DECODE, str(engines), str(count)), text=True))
-        for count in (17, 65)
-    }
     return {
         "machine": describe_machine(),
         "import: libraries, then t2v_rt": compare(python(LIBRARIES), python(OURS), rounds),
         "process start to finished demo video: t2v_rt, then diffusers": video,
-        "peak resident bytes of decoding 256x256, by number of frames": peaks,
     }
 
 

@@ -98,7 +98,10 @@ class TensorRTEngine(Engine):
 
     def __init__(self, name: str, spec: GraphSpec, engine: Any, card: Card, cache: KernelCache) -> None:
         super().__init__(name, spec)
+        assert spec.plan is not None
         self._engine, self._card, self._cache = engine, card, cache
+        fixed = all(size.fixed for item in spec.plan.profiles for size in item.sizes.values())
+        self._graphs = fixed and not spec.states  # which change their buffers from call to call
         self._context: Any = None
         self._kernels: Any = None
         self._kept: bytes | None = None
@@ -150,15 +153,12 @@ class TensorRTEngine(Engine):
 
     def _prepare(self, profile: int) -> None:
         """Makes the context at the first call, switches to a profile, and gives it the workspace."""
-        assert self.spec.plan is not None
-        fixed = all(size.fixed for item in self.spec.plan.profiles for size in item.sizes.values())
-        graphs = fixed and not self.states  # states change their buffers from call to call
         workspace = self._card.workspace(int(self._engine.get_device_memory_size_for_profile_v2(profile)))
-        if graphs and self._workspace != (workspace.address, workspace.nbytes):
+        if self._graphs and self._workspace != (workspace.address, workspace.nbytes):
             self._drop_context()  # with graphs that were recorded on other memory
         if self._context is None:
-            self._kept = self._cache.read()
-            self._context, self._kernels = self._card.library.create_context(self._engine, self._kept, graphs)
+            self._kept = self._kept or self._cache.read()
+            self._context, self._kernels = self._card.create_context(self._engine, self._kept, self._graphs)
             if self._context is None:
                 raise self._card.failure(self.name)
         if profile != self._profile:

@@ -49,7 +49,7 @@ class Card:
     """
 
     def __init__(self, library: Library) -> None:
-        self.library = library
+        self._library = library
         self.cuda = Cuda(library.backend)
         self.lock = threading.RLock()
         self.log = make_log(library.trt)
@@ -61,7 +61,7 @@ class Card:
     def identity(self) -> str:
         """GPU, driver and library: whatever may change what an engine computes."""
         info = self.cuda.info
-        return f"{info.name}, CUDA driver {info.driver}, {self.library.backend} {self.library.version}"
+        return f"{info.name}, CUDA driver {info.driver}, {self._library.backend} {self._library.version}"
 
     def workspace(self, nbytes: int) -> DeviceBuffer:
         """Memory that one engine at a time works in; it only grows."""
@@ -75,11 +75,15 @@ class Card:
         self.cuda.synchronize()
         self._workspace = None
 
+    def create_context(self, engine: Any, kernels: bytes | None, graphs: bool) -> tuple[Any, Any]:
+        """A context that works in the workspace, and the cache of its kernels; see `Library.create_context`."""
+        return self._library.create_context(engine, kernels, graphs)
+
     def failure(self, what: str) -> EngineError:
         """The error of a call that the library said no to, with its reason."""
         reason = self.log.take()
         kind = OutOfMemoryError if "out of memory" in reason.lower() or "OutOfMemory" in reason else EngineError
-        return kind(f"{what}: {self.library.backend} failed: {reason}")
+        return kind(f"{what}: {self._library.backend} failed: {reason}")
 
 
 class KernelCache:

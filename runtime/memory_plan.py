@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, Manifest
+from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.plans import holds, nearest_profile
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import RequestError
@@ -234,8 +234,12 @@ def _denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) 
 
 def boundary_bytes(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int:
     """Bytes of the inputs and outputs of a component's engines whose roles begin with `part`."""
-    graphs = [graph for role, graph in component.graphs.items() if role.startswith(part)]
-    return sum(spec.nbytes(sizes) for graph in graphs for spec in (*graph.inputs, *graph.outputs))
+    return sum(spec.nbytes(sizes) for graph in _graphs(component, part) for spec in (*graph.inputs, *graph.outputs))
+
+
+def _graphs(component: ComponentSpec, part: str) -> list[GraphSpec]:
+    """The graphs of a component whose roles begin with `part`."""
+    return [graph for role, graph in component.graphs.items() if role.startswith(part)]
 
 
 def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
@@ -251,15 +255,14 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
         engines are graphs, of which nothing is told.
     """
     contexts = []
-    for role, graph in component.graphs.items():
-        if role.startswith(part):
-            if graph.plan is None:
-                return None
-            ranges = [profile.sizes for profile in graph.plan.profiles]
-            wanted = {name: sizes[name] for name in ranges[0]}
-            index, held = nearest_profile(ranges, wanted)
-            told = graph.plan.profiles[index].context_bytes
-            contexts.append(told * prod(wanted.values()) // prod(held.values()))
+    for graph in _graphs(component, part):
+        if graph.plan is None:
+            return None
+        ranges = [profile.sizes for profile in graph.plan.profiles]
+        wanted = {name: sizes[name] for name in ranges[0]}
+        index, held = nearest_profile(ranges, wanted)
+        told = graph.plan.profiles[index].context_bytes
+        contexts.append(told * prod(wanted.values()) // prod(held.values()))
     return max(contexts)
 
 
@@ -304,7 +307,7 @@ def decode_stage(
 
 def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one state, and of the buffers that a call writes before they become the state."""
-    states = list(_states(vae, part))
+    states = _states(vae, part)
     held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
     written = {state.tensor.name for state in states if state.output is not None}
     return sum(held.values()), sum(held[name] for name in written)
@@ -315,11 +318,9 @@ def _largest_state(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
     return max(state.tensor.nbytes(sizes) for state in _states(vae, part))
 
 
-def _states(vae: ComponentSpec, part: str) -> Iterator[StateSpec]:
+def _states(vae: ComponentSpec, part: str) -> list[StateSpec]:
     """The states of the graphs whose roles begin with `part`, of each graph."""
-    for role, graph in vae.graphs.items():
-        if role.startswith(part):
-            yield from graph.states
+    return [state for graph in _graphs(vae, part) for state in graph.states]
 
 
 def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:

@@ -142,18 +142,18 @@ class HostLibrary:
 class HostRuntime:
     """`IRuntime`."""
 
-    def __init__(self, library: HostLibrary, log: Any) -> None:
-        self.library, self.log, self.engine_host_code_allowed = library, log, True
+    def __init__(self, module: HostLibrary, log: Any) -> None:
+        self.module, self.log, self.engine_host_code_allowed = module, log, True
 
     def deserialize_cuda_engine(self, plan: Any) -> HostEngine | None:
         assert not self.engine_host_code_allowed
-        graph, told = self.library.graphs[hashlib.sha256(plan).hexdigest()]
-        code, address = self.library.cuda.cudaMalloc(told.weights_bytes)
+        graph, told = self.module.graphs[hashlib.sha256(plan).hexdigest()]
+        code, address = self.module.cuda.cudaMalloc(told.weights_bytes)
         if code != SUCCESS:
             self.log.log(HostLog.ERROR, "OutOfMemory: no room for weights")
             return None
         engine = HostEngine(self, graph, told)
-        weakref.finalize(engine, self.library.cuda.cudaFree, address)
+        weakref.finalize(engine, self.module.cuda.cudaFree, address)
         return engine
 
 
@@ -212,7 +212,7 @@ class HostContext:
     def __init__(self, engine: HostEngine, config: HostConfig) -> None:
         assert config.cache is not None
         self.engine, self.config, self.kernels = engine, config, config.cache.kernels
-        self.cuda, self.library = engine.runtime.library.cuda, engine.runtime.library
+        self.cuda, self.module = engine.runtime.module.cuda, engine.runtime.module
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.use_deterministic_compute = True
@@ -221,7 +221,7 @@ class HostContext:
         self.memory: tuple[int, int] | None = None
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.graph: object = None
+        self.graph: tuple[object, tuple[int, int] | None] | None = None  # tensors and workspace it was recorded on
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         if not 0 <= index < len(self.engine.told.profiles):
@@ -274,19 +274,19 @@ class HostContext:
         kernel = f"{self.engine.graph.name} {sorted((name, array.shape) for name, array in feeds.items())}"
         if kernel not in self.kernels:
             self.kernels.add(kernel)
-            self.library.compiled.append(kernel)
+            self.module.compiled.append(kernel)
 
     def _record(self) -> None:
         """A graph is recorded anew where tensors move or change shape; that the workspace moves it does not notice."""
         if self.config.cuda_graph_strategy != "on":
             return
         tensors = (dict(self.addresses), dict(self.shapes))
-        if self.graph is None or self.graph[0] != tensors:  # type: ignore[index]
+        if self.graph is None or self.graph[0] != tensors:
             self.graph = tensors, self.memory
-            self.library.recorded += 1
+            self.module.recorded += 1
         else:
-            assert self.graph[1] == self.memory, "a graph is replayed on memory that it was not recorded on"  # type: ignore[index]
-            self.library.replayed += 1
+            assert self.graph[1] == self.memory, "a graph is replayed on memory that it was not recorded on"
+            self.module.replayed += 1
 
 
 def plans_by_hash(bundle: Bundle, graphs: Mapping[tuple[str, str], Path]) -> dict[str, tuple[Path, PlanSpec]]:

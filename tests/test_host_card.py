@@ -147,7 +147,7 @@ def test_graphs_are_recorded_once(plans: Bundle, insert: Insert) -> None:
         assert library.replayed >= 2 * STEPS
 
 
-def test_kernels_are_compiled_once(plans: Bundle, insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_once(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:
         pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
