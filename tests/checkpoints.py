@@ -1,16 +1,23 @@
-"""Random tiny Wan checkpoints in diffusers layout, made with diffusers and transformers themselves."""
+"""Random tiny Wan checkpoints in diffusers layout, made without torch; diffusers' own pipeline on one."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from t2v_rt.benchmarks.make_checkpoint import CONFIGS, INDEX, TENSORS
+from t2v_rt.export import wan_published
 
 ENGLISH = ("a the red green blue ball square cat dog runs jumps over on under lazy quick brown fox").split()
 WORDS = [*ENGLISH, *"红绿蓝球猫狗在上跳"]
@@ -63,18 +70,20 @@ class TinyWan:
             "latents_std": [1.0 + 0.25 * i for i in range(self.z_dim)],
         }
 
-    def text_encoder(self) -> UMT5Config:
-        return UMT5Config(
-            vocab_size=len(WORDS) + 3,
-            d_model=self.text_dim,
-            d_kv=self.text_head_dim,
-            d_ff=40,
-            num_layers=self.text_layers,
-            num_heads=self.text_heads,
-            relative_attention_num_buckets=32,
-            relative_attention_max_distance=128,
-            feed_forward_proj="gated-gelu",
-        )
+    def text_encoder(self) -> dict[str, Any]:
+        return {
+            "vocab_size": len(WORDS) + 3,
+            "d_model": self.text_dim,
+            "d_kv": self.text_head_dim,
+            "d_ff": 40,
+            "num_layers": self.text_layers,
+            "num_heads": self.text_heads,
+        }
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The `config.json` of each network."""
+        own = {"transformer": self.transformer(), "vae": self.vae(), "text_encoder": self.text_encoder()}
+        return {network: {**CONFIGS[network], **config} for network, config in own.items()}
 
 
 TINY = (
@@ -88,73 +97,70 @@ TINY = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def write_tokenizer(folder: Path) -> None:
     """A word-level tokenizer with UMT5's special tokens: `</s>` closes every prompt."""
     vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    raw.normalizer = normalizers.Lowercase()
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern=_ideograph(), behavior="isolated")]
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern=Regex(r"\p{Han}"), behavior="isolated")]
     )
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **special}
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def _ideograph() -> Any:
-    from tokenizers import Regex
-
-    return Regex(r"\p{Han}")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def make_checkpoint(config: TinyWan, folder: Path) -> Path:
     """Writes a random checkpoint; its weights are spread enough for prompts to move the video."""
-    torch.manual_seed(config.seed)
-    parts = {
-        "transformer": WanTransformer3DModel(**config.transformer()),
-        "vae": AutoencoderKLWan(**config.vae()),
-        "text_encoder": UMT5EncoderModel(config.text_encoder()),
-    }
-    with torch.no_grad():
-        for part in parts.values():
-            for name, parameter in part.named_parameters():
-                _fill(name, parameter)
-    pipe = WanPipeline(
-        tokenizer=tokenizer(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        **parts,
-    )
-    pipe.save_pretrained(folder, safe_serialization=True)
+    rng = np.random.default_rng(config.seed)
+    configs = config.configs()
+    for network, (stem, tensors) in TENSORS.items():
+        (folder / network).mkdir(parents=True)
+        write_json(folder / network / "config.json", configs[network])
+        weights = {name: random_weights(name, shape, rng) for name, shape in tensors(configs[network])}
+        save_file(weights, folder / network / f"{stem}.safetensors", {"format": "pt"})
+    write_json(folder / "model_index.json", INDEX)
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", wan_published.SCHEDULER)
+    write_tokenizer(folder / "tokenizer")
     generation = {"height": 32, "width": 48, "num_frames": 5, "fps": 8, "num_inference_steps": 4}
-    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    write_json(folder / "generation_config.json", generation)
     return folder
 
 
-def _fill(name: str, parameter: torch.nn.Parameter) -> None:
+def random_weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
     """Random values of a scale that keeps activations near one through the depth, and lets the prompt show.
 
     Of 512 text positions all but a few are padding: only sharp attention (large query and key norms) tells a prompt
     from another.
     """
-    noise = torch.randn_like(parameter)
+    noise = rng.standard_normal(shape, np.float32)
     if "attn2.norm" in name:
-        parameter.copy_(2.5 + 0.1 * noise)
-    elif parameter.ndim >= 2 and "scale_shift_table" not in name:
-        fan_in = parameter[0].numel()
-        gain = (
-            1.0 if any(key in name for key in ("shared", "embed_tokens", "relative_attention_bias")) else fan_in**-0.5
-        )
+        return np.float32(2.5) + np.float32(0.1) * noise
+    if len(shape) >= 2 and "scale_shift_table" not in name:
+        gain = 1.0 if any(key in name for key in ("shared", "relative_attention_bias")) else math.prod(shape[1:]) ** -0.5
         gain *= 3.0 if "attn2.to_out" in name else 0.3 if name.startswith("proj_out") else 1.0
-        parameter.copy_(noise * gain)
-    elif "norm" in name or "gamma" in name:
-        parameter.copy_(1.0 + 0.1 * noise)
-    else:
-        parameter.copy_(0.2 * noise)
+        return noise * np.float32(gain)
+    if "norm" in name or "gamma" in name:
+        return np.float32(1.0) + np.float32(0.1) * noise
+    return np.float32(0.2) * noise
 
 
-def load_reference(folder: Path) -> WanPipeline:
+def load_reference(folder: Path) -> Any:
     """Diffusers' pipeline on a checkpoint, in float32, without its progress bar."""
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    with warnings.catch_warnings():  # diffusers' and transformers' own, on import and load
+        warnings.simplefilter("ignore")
+        import torch
+        from diffusers import WanPipeline
+
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from t2v_rt import TextToVideoPipeline, build_engines
-
-if TYPE_CHECKING:
-    from tests.checkpoints import TinyWan
+from tests.checkpoints import TINY, TinyWan, load_reference, make_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,41 +29,34 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A random tiny checkpoint, its bundle, and diffusers' pipeline on it."""
+    """A random tiny checkpoint and its bundle."""
 
     config: TinyWan
     checkpoint: Path
     bundle: Path
-    reference: Any
+
+    @cached_property
+    def reference(self) -> Any:
+        """Diffusers' pipeline on the checkpoint."""
+        return load_reference(self.checkpoint)
 
 
 def make_tiny(config: TinyWan, folder: Path) -> Tiny:
-    from tests.checkpoints import load_reference, make_checkpoint
-
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    with warnings.catch_warnings():  # diffusers' and transformers' own, on import and load
-        warnings.simplefilter("ignore")
-        checkpoint = make_checkpoint(config, folder / config.name)
-        reference = load_reference(checkpoint)
-    bundle = folder / f"{config.name}-bundle"
+    checkpoint, bundle = folder / config.name, folder / f"{config.name}-bundle"
+    make_checkpoint(config, checkpoint)
     build_engines(checkpoint, bundle)
-    return Tiny(config, checkpoint, bundle, reference)
+    return Tiny(config, checkpoint, bundle)
 
 
-@pytest.fixture(scope="session", params=["narrow", "one-head", "deep"])
+@pytest.fixture(scope="session", params=TINY, ids=lambda config: config.name)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Each of three configurations that differ in depth, heads, head size, VAE width and text width."""
-    from tests.checkpoints import TINY
-
-    config = next(config for config in TINY if config.name == request.param)
-    return make_tiny(config, tmp_path_factory.mktemp(config.name))
+    return make_tiny(request.param, tmp_path_factory.mktemp(request.param.name))
 
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """One tiny checkpoint, where the configuration does not matter."""
-    from tests.checkpoints import TINY
-
     return make_tiny(TINY[0], tmp_path_factory.mktemp("shared"))
 
 
