@@ -145,7 +145,8 @@ def random_weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) 
     if "attn2.norm" in name:
         return np.float32(2.5) + np.float32(0.1) * noise
     if len(shape) >= 2 and "scale_shift_table" not in name:
-        gain = 1.0 if any(key in name for key in ("shared", "relative_attention_bias")) else math.prod(shape[1:]) ** -0.5
+        is_table = "shared" in name or "relative_attention_bias" in name
+        gain = 1.0 if is_table else math.prod(shape[1:]) ** -0.5
         gain *= 3.0 if "attn2.to_out" in name else 0.3 if name.startswith("proj_out") else 1.0
         return noise * np.float32(gain)
     if "norm" in name or "gamma" in name:
