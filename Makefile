@@ -4,18 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_PROMPT ?= a red ball bouncing on a blue background
 TORCH := torch==2.13.0
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+# How tests run: WORKERS=0 in one process, SEED=7 in a random order, ARGS="-k noise" for anything else pytest takes
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	$(if $(SEED),-p randomly --randomly-seed=$(SEED)) $(ARGS)
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 
-$(VENV)/runtime: pyproject.toml
+$(VENV)/runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[build]"
+	$(INSTALL) --editable ".[build]"
 	touch $@
 
-$(VENV)/dev: $(VENV)/runtime
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[export,hub,dev]"
-	-$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"  # where there is none, its tests skip
+$(VENV)/fast: $(VENV)/runtime  # no torch
+	$(INSTALL) --editable ".[hub,dev]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/fast
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable ".[export]"
+	-$(INSTALL) --editable ".[tensorrt-rtx]"  # where there is none, its tests skip
 	touch $@
 
 demo: $(VENV)/runtime
@@ -24,7 +33,10 @@ demo: $(VENV)/runtime
 	$(BIN)/t2v-rt generate "$(DEMO_PROMPT)" --engines build/demo --output build/demo.mp4 --contact-sheet build/demo.png --seed 0
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/fast
+	$(PYTEST) -m "not reference and not slow and not gpu"
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -199,7 +199,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "budget": (["--vram-budget", "lots"], "not a size of memory"),
     "small budget": (["--vram-budget", "1kB"], "needs about"),
     "too long": (["--num-frames", "100000001"], "at most 4093"),
-    "too large to fit": (["--height", "16384", "--width", "16384", "--num-frames", "4093"], "would fit (an estimate)"),
+    "too large to fit": (["--height", "16384", "--width", "16384", "--num-frames", "81"], "would fit (an estimate)"),
     "not a number": (["--height", "tall"], "invalid int value"),
 }
 

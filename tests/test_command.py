@@ -101,6 +101,7 @@ def test_importing_loads_little() -> None:
         assert f"'{name}'" not in loaded
 
 
+@pytest.mark.slow
 def test_decoding_takes_no_more_memory_for_more_frames(narrow: Tiny) -> None:
     peaks = {}
     for count in (17, 65):

@@ -1,17 +1,14 @@
-"""The demo checkpoint: complete, small, equal to diffusers, and showing what prompts say."""
+"""The demo checkpoint: complete, small, and showing what prompts say."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from pathlib import Path
-from typing import Any
 
 import clips
 import numpy as np
 import pytest
-import torch
 from evaluate import held_out_scenes
 from measure import read_clip
 
@@ -19,7 +16,6 @@ from t2v_rt import TextToVideoPipeline, build_engines
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "bouncing-shapes"
 SIZE_LIMIT = 25_000_000  # bytes
-VIDEO_TOLERANCE = 0.05 / 255  # largest difference of a frame to diffusers' after the default steps
 HALF_PSNR = 60.0  # dB; 77 were measured: half operands with float32 norms, residuals and sums
 PROMPTS = ("a red ball bouncing on a blue background", "一个红色的球在蓝色背景上弹跳")
 
@@ -49,31 +45,12 @@ def test_the_video_shows_the_prompt(demo: TextToVideoPipeline, prompt: str) -> N
     assert (found.colour, found.background, found.motion) == ("red", "blue", "bouncing")
 
 
+@pytest.mark.slow
 def test_half_precision_gives_the_same_video(demo: TextToVideoPipeline, tmp_path: Path) -> None:
     half = TextToVideoPipeline.from_pretrained(build_engines(CHECKPOINT, tmp_path / "half", precision="fp16").folder)
     for seed, prompt in enumerate(PROMPTS):
         error = np.mean(np.square(half(prompt, seed=seed).frames - demo(prompt, seed=seed).frames))
         assert -10 * np.log10(error) >= HALF_PSNR
-
-
-def test_the_video_is_diffusers(demo: TextToVideoPipeline) -> None:
-    from tests.checkpoints import load_reference
-
-    with warnings.catch_warnings():  # diffusers' and transformers' own, on load
-        warnings.simplefilter("ignore")
-        reference: Any = load_reference(CHECKPOINT)
-    defaults = demo.manifest.defaults
-    expected = reference(
-        PROMPTS[0],
-        height=defaults.height,
-        width=defaults.width,
-        num_frames=defaults.num_frames,
-        num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=defaults.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(0),
-        output_type="np",
-    ).frames
-    assert np.abs(demo(PROMPTS[0], seed=0).frames - expected).max() < VIDEO_TOLERANCE
 
 
 def test_the_measure_reads_drawn_clips() -> None:

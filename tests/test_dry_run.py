@@ -53,6 +53,7 @@ def test_graphs_plan_as_they_will(narrow: Tiny) -> None:
     assert report["estimated"]
 
 
+@pytest.mark.slow  # builds plans
 def test_plans_are_near(narrow: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
     report = dry_run(BuildRequest(narrow.checkpoint, backend="tensorrt-rtx"), tmp_path / "b")
@@ -67,6 +68,7 @@ def test_plans_are_near(narrow: Tiny, tmp_path: Path) -> None:
     assert size <= report["disk_bytes"]
 
 
+@pytest.mark.slow
 def test_true_size_from_headers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two layers of the true widths; nothing of their weights is read."""
     make_checkpoint(tmp_path / "wan", changed(CONFIGS, ["transformer.num_layers=2"]))

@@ -24,6 +24,8 @@ from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
 from tests.host_card import HostCuda, HostLibrary, plans_by_hash
 
+pytestmark = pytest.mark.slow  # builds plans
+
 HEIGHT, WIDTH, FRAMES = 192, 256, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
 SEVERAL: dict[str, Any] = {"height": "64,128", "width": 64, "num_frames": "9,5:9"}

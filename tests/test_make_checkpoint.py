@@ -1,4 +1,4 @@
-"""The generator of random checkpoints: diffusers and transformers know every tensor, and it runs."""
+"""The generator of random checkpoints: what it writes is built and runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
 
 from t2v_rt import RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
-from t2v_rt.benchmarks.wan_tensors import text_encoder_tensors, transformer_tensors, vae_tensors
 from t2v_rt.export.weights import CheckpointWeights
 
 SMALL = (
@@ -28,19 +24,6 @@ SMALL = (
     "text_encoder.vocab_size=40",
 )
 SCALE_TOLERANCE = 0.42  # of the root mean square: exponents are whole powers of two
-
-
-def test_tensors_are_those_of_the_real_networks() -> None:
-    with torch.device("meta"):
-        references = (
-            (WanTransformer3DModel.from_config(CONFIGS["transformer"]), transformer_tensors(CONFIGS["transformer"])),
-            (AutoencoderKLWan.from_config(CONFIGS["vae"]), vae_tensors(CONFIGS["vae"])),
-            (UMT5EncoderModel(UMT5Config(**CONFIGS["text_encoder"])), text_encoder_tensors(CONFIGS["text_encoder"])),
-        )
-    for network, tensors in references:
-        expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-        expected.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight
-        assert dict(tensors) == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

@@ -1,4 +1,4 @@
-"""The noise stream against torch's CPU generator."""
+"""The noise stream: the same bytes everywhere, and what it takes."""
 
 from __future__ import annotations
 
@@ -10,37 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from t2v_rt.benchmarks.noise import Draws, hash_here, hash_in_child, pairs_to_compare
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.noise import Generator, randn_for
 
-# torch's vector path differs in its logarithm, sine and cosine, which the radius enlarges up to 5.8 times; its plain
-# path rounds the angle differently too, by half a unit in the last place of 2 pi
-TOLERANCE = 1e-6 if torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"} else 3e-6
 KNOWN_SHA256 = "2e315c3750d77dc0a5a2384697edf5f5466bfca7db5272087f07be87ea01ef55"
-
-
-def test_same_stream_as_torch() -> None:
-    rng = np.random.default_rng(0)
-    for trial in range(200):
-        seed = int(rng.integers(0, 2**63)) if trial % 2 else int(rng.integers(0, 100))
-        theirs, ours = torch.Generator("cpu").manual_seed(seed), Generator(seed)
-        for _ in range(3):  # successive calls, so that cached values are seen
-            shape = tuple(int(size) for size in rng.integers(1, 9, size=rng.integers(0, 4)))
-            expected = torch.randn(shape, generator=theirs).numpy()
-            found = ours.randn(shape)
-            assert found.shape == expected.shape
-            assert found.dtype == np.float32
-            assert np.abs(found - expected).max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**32, 2**32 + 5, 2**64 - 1])
-def test_seeds_of_all_ranges(seed: int) -> None:
-    expected = torch.randn((2, 16, 3, 5, 7), generator=torch.Generator("cpu").manual_seed(seed)).numpy()
-    assert np.abs(Generator(seed).randn((2, 16, 3, 5, 7)) - expected).max() <= TOLERANCE
 
 
 def test_seeding_again_starts_over_and_drops_the_cached_value() -> None:
@@ -97,7 +72,7 @@ def test_bad_shapes(shape: Any, message: str) -> None:
     assert np.array_equal(generator.randn(20), Generator(0).randn(20))  # nothing was drawn
 
 
-@pytest.mark.parametrize("shape", [np.int64(6), np.array([2, 3]), [np.uint8(2), 3], torch.Size([6]), (), [], 0, (0, 3)])
+@pytest.mark.parametrize("shape", [np.int64(6), np.array([2, 3]), [np.uint8(2), 3], (), [], 0, (0, 3)])
 def test_shapes_of_all_kinds(shape: Any) -> None:
     expected = np.empty(shape).shape
     found = Generator(0).randn(shape)
@@ -105,24 +80,10 @@ def test_shapes_of_all_kinds(shape: Any) -> None:
     assert np.array_equal(found, Generator(0).randn(int(np.prod(expected))).reshape(expected))
 
 
-@pytest.mark.parametrize("dtype", [np.int32, "foo", "(2", None, object(), torch.float32, "f4,f4", ">f4", complex])
+@pytest.mark.parametrize("dtype", [np.int32, "foo", "(2", None, object(), "f4,f4", ">f4", complex])
 def test_bad_dtypes(dtype: Any) -> None:
     with pytest.raises(RequestError, match="expected float32, float16 or float64"):
         Generator(0).randn(4, dtype)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 2, 5, 7), (1, 16, 2, 3)])
-@pytest.mark.parametrize("listed", [False, True])
-def test_noise_of_a_batch_is_diffusers(shape: tuple[int, ...], listed: bool) -> None:
-    seeds = range(7, 7 + shape[0]) if listed else [7]
-    theirs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    ours = [Generator(seed) for seed in seeds]
-    for _ in range(2):  # the second call goes on in the stream
-        expected = randn_tensor(shape, generator=theirs, dtype=torch.float32).numpy()
-        found = randn_for(shape, ours)
-        assert found.shape == shape
-        assert found.dtype == np.float32
-        assert np.abs(found - expected).max() <= TOLERANCE
 
 
 def test_one_generator_draws_the_whole_batch_in_one_go() -> None:
@@ -130,8 +91,6 @@ def test_one_generator_draws_the_whole_batch_in_one_go() -> None:
     expected = Generator(3).randn(shape)
     assert np.array_equal(randn_for(shape, Generator(3)), expected)
     assert np.array_equal(randn_for(shape, (Generator(3),)), expected)
-    theirs = randn_tensor(shape, generator=torch.Generator("cpu").manual_seed(3)).numpy()
-    assert np.abs(theirs - expected).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -141,7 +100,6 @@ def test_one_generator_draws_the_whole_batch_in_one_go() -> None:
         ([], "0 generators were given for 3 videos; give one, or one for each"),
         ([Generator(0), Generator(1)], "2 generators were given for 3 videos"),
         ([Generator(0), None, Generator(1)], "NoneType; expected t2v_rt.runtime.noise.Generator"),
-        (torch.Generator("cpu"), "torch.*Generator; expected t2v_rt.runtime.noise.Generator"),
         (7, "builtins.int; expected"),
         ("abc", "builtins.str; expected"),
     ],

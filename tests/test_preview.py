@@ -55,6 +55,7 @@ def test_shrinking_and_enlarging() -> None:
     assert enlarged(np.array([[1, 2]], np.float32), 2, 2, 3).tolist() == [[1, 1, 2], [1, 1, 2]]
 
 
+@pytest.mark.slow
 def test_it_shows_what_the_demo_decodes(tmp_path: Path) -> None:
     build_engines(CHECKPOINT, tmp_path / "bundle")
     pipe = TextToVideoPipeline.from_pretrained(tmp_path / "bundle")

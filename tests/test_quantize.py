@@ -110,6 +110,7 @@ def test_a_bundle_tells_what_its_weights_cost(tiny: Tiny, tmp_path: Path, capsys
         assert errors["int8"] < errors["int4"] / 3
 
 
+@pytest.mark.slow  # builds plans
 def test_plans_of_quantized_weights(tiny: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
     built = [

@@ -175,7 +175,9 @@ def test_a_checkpoint_at_fault_leaves_nothing(narrow: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are Unix's")
-@pytest.mark.parametrize(("backend", "limit"), [("onnxruntime", 100_000), ("tensorrt-rtx", 3_000_000)])
+@pytest.mark.parametrize(
+    ("backend", "limit"), [("onnxruntime", 100_000), pytest.param("tensorrt-rtx", 3_000_000, marks=pytest.mark.slow)]
+)
 def test_a_full_disk(narrow: Tiny, tmp_path: Path, backend: str, limit: int) -> None:
     """Files end at a limit in bytes that the text encoder's stay below; of the plans, the denoiser's is beyond it."""
     if backend == "tensorrt-rtx":

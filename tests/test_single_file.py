@@ -20,8 +20,8 @@ from t2v_rt.export import checkpoint as checkpoints
 from t2v_rt.export import wan_published
 from t2v_rt.export.checkpoint import open_checkpoint, read_configs
 from t2v_rt.export.single_file import WRAPPING, identify, open_single_file, renamed
-from tests.checkpoints import TINY
-from tests.conftest import Tiny, make_tiny
+from tests.checkpoints import TINY, TinyWan
+from tests.conftest import Tiny
 from tests.wan_original import diffusers_names, write_single_files
 
 DEEP = TINY[2]  # two residual blocks a level, as the published VAE has and diffusers' converter expects
@@ -29,8 +29,8 @@ NETWORKS = ("text_encoder", "transformer", "vae")
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(DEEP, tmp_path_factory.mktemp("deep"))
+def deep(make_tiny: Callable[[TinyWan], Tiny]) -> Tiny:
+    return make_tiny(DEEP)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from t2v_rt.plan import plan
 from tests.conftest import Tiny
 from tests.test_graph_forms import FORBIDDEN
 
+pytestmark = pytest.mark.slow  # builds plans
+
 REUSE_SECONDS = 2.0  # what a person does not notice
 RTX = "tensorrt-rtx"
 
