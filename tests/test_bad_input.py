@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from t2v_rt.cli import main
 from t2v_rt.engines import platform
 from t2v_rt.progress import Bars
 from tests.conftest import Tiny
+from tests.processes import start_and_meet
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -339,16 +337,12 @@ def test_an_interrupt_leaves_nothing(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a child process there")
 def test_a_real_signal_during_the_steps(narrow: Tiny, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "t2v_rt", "generate", "a ball", "--engines", str(narrow.bundle)]
-    command += ["--output", str(tmp_path / "out.npy"), "--num-inference-steps", "90000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
-        deadline = time.monotonic() + 60
-        while not snapshot(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert snapshot(tmp_path), "the video was never begun"
-        time.sleep(0.5)
+    command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.npy")]
+    endless = ["--num-inference-steps", "90000"]
+    with start_and_meet(*command, *endless, at="denoise", call=3, goes_on=True) as process:
+        assert snapshot(tmp_path)  # the video is begun
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     assert process.returncode == 130
     assert errors.strip() == "t2v-rt: interrupted"
     assert snapshot(tmp_path) == set()

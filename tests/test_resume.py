@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from t2v_rt.engines import platform
 from t2v_rt.engines.work import CONTINUES, Work, open_work
 from t2v_rt.progress import Bars
 from tests.conftest import Tiny
+from tests.processes import start_and_meet
 
 DISK = """
 import resource, signal, sys
@@ -133,15 +133,11 @@ def test_two_builds_of_one_output(narrow: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_a_killed_build_goes_on(narrow: Tiny, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from t2v_rt.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += ["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "b")]
-    process = subprocess.Popen(command)
+    command = ["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "b")]
+    with start_and_meet(*command, at="transformer") as process:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
     notes = platform.lasting_sibling(tmp_path / "b") / "parts"
-    until = time.monotonic() + 60
-    while not (notes / "text_encoder.blocks_0.json").exists() and time.monotonic() < until:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "b").exists()
     first = (notes / "text_encoder.blocks_0.json").stat().st_mtime_ns
     seen: list[int] = []

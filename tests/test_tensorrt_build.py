@@ -9,8 +9,8 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +23,11 @@ from t2v_rt.engines.tensorrt_library import DEFAULT_TARGETS, check_targets, load
 from t2v_rt.engines.work import CONTINUES
 from t2v_rt.plan import plan
 from tests.conftest import Tiny
+from tests.processes import start_and_meet
 from tests.test_graph_forms import FORBIDDEN
 
 pytestmark = pytest.mark.slow  # builds plans
 
-REUSE_SECONDS = 2.0  # what a person does not notice
 RTX = "tensorrt-rtx"
 
 
@@ -92,10 +92,15 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     assert not text.fused_attention  # heads of 8, for which there is no kernel
 
 
-def test_an_unchanged_build_is_reused_at_once(narrow: Tiny, plans: Bundle) -> None:
-    start = time.perf_counter()
-    assert not build_again(narrow, plans)
-    assert time.perf_counter() - start < REUSE_SECONDS
+def test_an_unchanged_build_is_reused(narrow: Tiny, plans: Bundle) -> None:
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in plans.folder.rglob("*") if path.is_file()}
+
+    before, seen = written(), []
+    again = build_engines(narrow.checkpoint, plans.folder, backend=RTX, progress=lambda *told: seen.append(told))
+    assert again.manifest == plans.manifest
+    assert written() == before
+    assert not seen  # not a step was begun
 
 
 def test_other_gpus_versions_and_sizes_are_another_build(
@@ -205,20 +210,34 @@ def test_a_worker_that_fails(narrow: Tiny, tmp_path: Path, monkeypatch: pytest.M
         run_worker(wrong, "x", lambda fraction: None)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="stops a process")
+def test_a_worker_is_ended_and_not_waited_for(narrow: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Watched(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **settings: Any) -> None:
+            super().__init__(command, **settings)
+            started.append(self)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if started:
+            started[0].send_signal(signal.SIGSTOP)  # from here on it never comes to an end by itself
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("t2v_rt.engines.tensorrt_builder.subprocess.Popen", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(narrow.checkpoint, tmp_path / "b", backend=RTX, gpus="sm89", progress=interrupt)
+    assert [worker.returncode for worker in started] == [-signal.SIGKILL]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT as a terminal does")
 def test_an_interruption_leaves_what_is_finished(narrow: Tiny, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "t2v_rt", "build-engines", str(narrow.checkpoint)]
-    command += ["--output", str(tmp_path / "b"), "--backend", RTX]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob(".*/bundle/transformer/model.plan")) and time.monotonic() < until:
-        time.sleep(0.01)
-    start = time.perf_counter()
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    command = ["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "b"), "--backend", RTX]
+    with start_and_meet(*command, at="transformer", call=2, start_new_session=True) as process:  # it compiles
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
     assert process.returncode == 130
-    assert said.decode().strip() == f"t2v-rt: interrupted; {CONTINUES}"
-    assert time.perf_counter() - start < REUSE_SECONDS
+    assert said.strip() == f"t2v-rt: interrupted; {CONTINUES}"
     with pytest.raises(ProcessLookupError):  # the worker is gone as well
         os.killpg(process.pid, 0)
     (work,) = tmp_path.iterdir()
