@@ -143,9 +143,12 @@ def _track(motion: str, radius: float, rng: np.random.Generator) -> tuple[NDArra
 
 def _distance(shape: str, dx: NDArray[np.float64], dy: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
     """Signed distance to the outline in pixels, negative inside."""
+    distance: NDArray[np.float64]
     if shape == "ball":
-        return np.hypot(dx, dy) - radius
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
-    side = np.abs(dx) * np.sqrt(0.8) - (dy + 1.1 * radius) * np.sqrt(0.2)
-    return np.maximum(side, dy - 0.9 * radius)
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
+    else:
+        side = np.abs(dx) * np.sqrt(0.8) - (dy + 1.1 * radius) * np.sqrt(0.2)
+        distance = np.maximum(side, dy - 0.9 * radius)
+    return distance

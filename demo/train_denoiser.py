@@ -225,7 +225,7 @@ class Training:
                 group["lr"] = rate * min(1.0, (self.step + 1) / WARM_UP) * fall
         loss, flow = step_loss(self.networks, self.prompts, latents, chosen, rng, self.step)
         self.trained.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -51,7 +51,8 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
         chunk = video[:, :, :1] if i == 0 else video[:, :, 4 * i - 3 : 4 * i + 1]
         chunk = chunk.contiguous(memory_format=torch.channels_last_3d)
         parts.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
-    return vae.quant_conv(torch.cat(parts, 2))[:, :CHANNELS]
+    moments: torch.Tensor = vae.quant_conv(torch.cat(parts, 2))
+    return moments[:, :CHANNELS]
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def train_vae(work: Path, seconds: float) -> AutoencoderKLWan:
             found = decode(vae, latents + 0.02 * torch.randn_like(latents))
         loss = loss_of(found, video, latents)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1

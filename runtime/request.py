@@ -262,7 +262,7 @@ def _seeds(seed: int | Sequence[int] | None, videos: int, *, drawn: bool) -> tup
     seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
     if len(seeds) not in (1, videos):
         raise RequestError(f"{len(seeds)} seeds were given for {videos} videos; give one, or one for each")
-    return tuple(check_seed(item) for item in seeds)  # type: ignore[arg-type]
+    return tuple(check_seed(item) for item in seeds)
 
 
 def _texts(

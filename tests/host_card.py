@@ -49,7 +49,7 @@ class HostCuda:
         """The bytes at an address."""
         for start, block in self._memory[where].items():
             if start <= address and address + nbytes <= start + len(block):
-                return np.frombuffer(block, np.uint8, nbytes, address - start)
+                return np.frombuffer(memoryview(block), np.uint8, nbytes, address - start)
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")
 
     def _allocate(self, where: str, nbytes: int) -> tuple[int, int | None]:
@@ -149,7 +149,7 @@ class HostRuntime:
         assert not self.engine_host_code_allowed
         graph, told = self.module.graphs[hashlib.sha256(plan).hexdigest()]
         code, address = self.module.cuda.cudaMalloc(told.weights_bytes)
-        if code != SUCCESS:
+        if code != SUCCESS or address is None:
             self.log.log(HostLog.ERROR, "OutOfMemory: no room for weights")
             return None
         engine = HostEngine(self, graph, told)

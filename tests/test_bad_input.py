@@ -327,9 +327,9 @@ def test_an_interrupt_leaves_nothing(
 
     monkeypatch.setattr(Bars, "update", interrupt)
     if stage == "build":
-        command = ("build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "bundle"))
+        command = ["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "bundle")]
     else:
-        command = ("generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.mp4"))
+        command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.mp4")]
     assert main(command) == 130
     assert capsys.readouterr().err.strip() == "t2v-rt: interrupted"
     assert snapshot(tmp_path) == set()

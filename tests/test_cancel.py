@@ -60,7 +60,7 @@ def test_in_a_step_callback(pipe: TextToVideoPipeline, fresh: Any, guidance_batc
 
 def test_after_the_last_step_nothing_is_decoded(pipe: TextToVideoPipeline, fresh: Any) -> None:
     cancel = threading.Event()
-    seen = cancelled(pipe, cancel, progress=lambda stage, done, total: done == 4 and cancel.set())
+    seen = cancelled(pipe, cancel, progress=lambda stage, done, total: cancel.set() if done == 4 else None)
     assert seen[-1] == ("denoise", 4)
     assert np.array_equal(pipe("a red ball", **REQUEST).frames, fresh)
 
@@ -111,7 +111,7 @@ def test_a_small_budget_releases_what_was_cancelled(narrow: Tiny, fresh: Any) ->
     largest = max(stage.total_bytes for stage in stages)
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=largest)
     cancel = threading.Event()
-    cancelled(pipe, cancel, progress=lambda stage, done, total: stage == "decode" and cancel.set())
+    cancelled(pipe, cancel, progress=lambda stage, done, total: cancel.set() if stage == "decode" else None)
     assert not pipe.stages._components
     assert np.array_equal(pipe("a red ball", **REQUEST).frames, fresh)
 

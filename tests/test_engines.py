@@ -38,9 +38,9 @@ def test_state_belongs_to_the_caller(vae: Component) -> None:
     first = vae["head_first"].infer(latent(), one)["features"]
     assert first.shape == (1, 16, 8, 12)
     assert np.array_equal(vae["head_first"].infer(latent(), two)["features"], first)
-    interleaved = [vae["head_next"].infer(latent(1), state)["features"] for state in (one, two)]
-    assert interleaved[0].shape == (4, 16, 8, 12)
-    assert np.array_equal(*interleaved)
+    next_one, next_two = (vae["head_next"].infer(latent(1), state)["features"] for state in (one, two))
+    assert next_one.shape == (4, 16, 8, 12)
+    assert np.array_equal(next_one, next_two)
     kept = one.to_host()
     vae["head_next"].infer(latent(2), one)
     assert any(not np.array_equal(kept[name], value) for name, value in one.to_host().items())

@@ -77,7 +77,7 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
 def test_text_encoder_without_float32_matrices(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
     width = wan.read_configs(open_checkpoint(tiny.checkpoint).configs).text_encoder.dim
     hidden = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
-    feeds = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
+    feeds: dict[str, NDArray[Any]] = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
     expected = run(export(tiny, "text_encoder", tmp_path / "plain", Form(), "fp32"), feeds)
     path = export(tiny, "text_encoder", tmp_path / "half", Form(float32_matmul=False), precision)
     assert relative(run(path, feeds), expected) < TOLERANCES[precision]

@@ -22,8 +22,9 @@ STEPS = 25
 
 def predictions() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Two that are alike, as those of a denoiser, with a mean and a scale of their own for each video."""
-    conditional = 0.3 + Generator(0).randn(SHAPE) * np.array([1.0, 2.5], np.float32).reshape(2, 1, 1, 1, 1)
-    return conditional, conditional * np.float32(0.8) + np.float32(0.4) * Generator(1).randn(SHAPE)
+    noise: tuple[NDArray[np.float32], ...] = tuple(Generator(seed).randn(SHAPE) for seed in (0, 1))
+    conditional = np.float32(0.3) + noise[0] * np.array([1.0, 2.5], np.float32).reshape(2, 1, 1, 1, 1)
+    return conditional, conditional * np.float32(0.8) + np.float32(0.4) * noise[1]
 
 
 def reference(guider: Any, step: int, pair: tuple[NDArray[np.float32], ...]) -> tuple[int, NDArray[np.float32]]:

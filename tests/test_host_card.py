@@ -69,7 +69,7 @@ def readable(
     plans: Bundle, several: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, PlanSpec]]:
     """The plans that the library can read."""
-    result = {}
+    result: dict[str, tuple[Path, PlanSpec]] = {}
     for bundle, sizes in ((plans, SIZE), (several, SEVERAL)):
         graphs = exported(narrow.checkpoint, tuple(sizes.values()), tmp_path_factory.mktemp("graphs"))
         result |= plans_by_hash(bundle, graphs)

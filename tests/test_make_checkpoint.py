@@ -33,9 +33,9 @@ def test_a_small_one_is_sharded_and_runs(dtype: str, tmp_path: Path) -> None:
     assert report["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
     weights = CheckpointWeights.open(folder / "transformer")
-    kernels = [weights.read(f"blocks.{i}.ffn.net.0.proj.weight", (48, 32)) for i in (0, 1)]
-    assert not np.array_equal(*kernels)
-    assert abs(np.sqrt((kernels[0] ** 2).mean()) * np.sqrt(32) - 1) < SCALE_TOLERANCE
+    first, second = (weights.read(f"blocks.{i}.ffn.net.0.proj.weight", (48, 32)) for i in (0, 1))
+    assert not np.array_equal(first, second)
+    assert abs(np.sqrt((first**2).mean()) * np.sqrt(32) - 1) < SCALE_TOLERANCE
     assert weights.read("blocks.0.attn1.norm_q.weight", (32,)).min() >= 1
     build_engines(folder, tmp_path / "bundle")
     video = TextToVideoPipeline.from_pretrained(tmp_path / "bundle")(

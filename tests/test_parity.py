@@ -107,7 +107,7 @@ def test_whole_video_matches(tiny: Tiny, ours: TextToVideoPipeline, sampler: str
     else:
         ours.scheduler = UniPCMultistepScheduler.from_config(ours.scheduler.config, flow_shift=3.0)
         reference.scheduler = ReferenceUniPC.from_config(reference.scheduler.config, flow_shift=3.0)
-    size = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 10}
+    size: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 10}
     try:
         found = ours("a red ball jumps", "lazy dog", guidance_scale=guidance, seed=7, **size).frames
         other = ours("blue square over a cat", "lazy dog", guidance_scale=guidance, seed=7, **size).frames

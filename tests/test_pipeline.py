@@ -168,7 +168,8 @@ def test_a_schedule_of_ones_own(pipe: TextToVideoPipeline) -> None:
         assert out.step_calls == (2,) * 4
         assert out.settings["timesteps"] == [1000.0, 750.5, 500.0, 250.0]
         assert out.settings["num_inference_steps"] == 4
-        same = pipe(sigmas=np.array([1.0, 0.7505, 0.5, 0.25]), **request)
+        levels: Any = np.array([1.0, 0.7505, 0.5, 0.25])  # arrays are taken as well, though lists are what is asked for
+        same = pipe(sigmas=levels, **request)
         assert same.settings["sigmas"] == [1.0, 0.7505, 0.5, 0.25]
         assert np.abs(same.frames - out.frames).max() < BATCH_TOLERANCE
         stream = pipe.stream("a ball", timesteps=(900, 10))

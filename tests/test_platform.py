@@ -136,7 +136,7 @@ def test_what_cannot_be_removed_is_logged(
         raise PermissionError("in use")
 
     monkeypatch.setattr(platform, "PAUSE", 0.0)
-    monkeypatch.setattr(platform.shutil, "rmtree", refuse)
+    monkeypatch.setattr("shutil.rmtree", refuse)
     platform.remove_tree(folder(tmp_path / "held", "held"))
     assert "could not be removed: in use" in caplog.text
 

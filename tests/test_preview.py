@@ -99,17 +99,16 @@ def test_what_is_refused(pipe: TextToVideoPipeline, latents: Any, message: str) 
 def test_the_command_writes_it_after_each_step(
     narrow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from t2v_rt import generate
+    from t2v_rt.runtime.video import write_png
 
     shapes = []
-    write = generate.write_png
 
     def watched(path: Path, image: NDArray[np.uint8]) -> None:
-        write(path, image)
+        write_png(path, image)
         with av.open(str(path)) as container:
             shapes.append(next(container.decode(video=0)).to_ndarray(format="rgb24").shape)
 
-    monkeypatch.setattr(generate, "write_png", watched)
+    monkeypatch.setattr("t2v_rt.generate.write_png", watched)
     command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "o.mp4"), "--json"]
     assert main([*command, "--seed", "1", "--preview", str(tmp_path / "p.png")]) == 0
     assert shapes == [(32, 2 * 48 + 2, 3)] * 4  # two latent frames side by side, in the video's size

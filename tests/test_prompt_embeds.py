@@ -104,7 +104,7 @@ def test_a_file_stands_for_the_prompt(narrow: Tiny, tmp_path: Path, capsys: pyte
     report = json.loads(capsys.readouterr().out)
     assert report["encoder_id"] == TextToVideoPipeline.from_pretrained(bundle).manifest.encoder_id
     assert report["tokens"][0] > 1
-    hashes = []
+    hashes: list[str] = []
     for source in (["a red ball"], ["--prompt-embeds", embeds]):
         output = str(tmp_path / f"{len(hashes)}.mp4")
         arguments = ["--engines", bundle, "--output", output, "--seed", "1", "--num-inference-steps", "2", "--json"]

@@ -33,6 +33,7 @@ from t2v_rt.runtime.schedulers import (
 )
 from t2v_rt.runtime.schedules import beta_quantile
 from tests import differential
+from tests.random_settings import Trial
 
 STEP_TOLERANCE = 1e-6  # relative to the largest value, at the settings Wan is used with
 TRIALS = 12  # of each class; the whole table is `python -m tests.differential`
@@ -74,7 +75,7 @@ def test_the_differential_test_can_fail() -> None:
 def test_unipc_as_wan_uses_it(shift: float, steps: int, solver_type: str) -> None:
     last = {"bh1": "sigma_min", "bh2": "zero"}[solver_type]  # the reference's bh1 gives NaN at a last sigma of 0
     settings = {**FLOW, "flow_shift": shift, "solver_type": solver_type, "final_sigmas_type": last}
-    trial = differential.Trial("UniPCMultistepScheduler", settings, {"num_inference_steps": steps})
+    trial = Trial("UniPCMultistepScheduler", settings, {"num_inference_steps": steps})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outcome = differential.run(trial)
@@ -142,7 +143,7 @@ def test_one_generator_for_each_video() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*__array:DeprecationWarning")
 def test_a_step_may_begin_in_the_middle() -> None:
-    trial = differential.Trial("DPMSolverMultistepScheduler", {}, {"num_inference_steps": 10})
+    trial = Trial("DPMSolverMultistepScheduler", {}, {"num_inference_steps": 10})
     ours, theirs = DPMSolverMultistepScheduler(), differential.Reference(trial)
     ours.set_timesteps(10)
     theirs.scheduler.set_begin_index(4)

@@ -22,7 +22,8 @@ TOLERANCE = 1e-6  # of values of size 1
 def path(steps: int) -> list[Array]:
     """Inputs of a denoiser on its way from noise to data."""
     noise, data = Generator(0).randn(SHAPE), Generator(1).randn(SHAPE)
-    return [noise * np.float32(1 - i / steps) + data * np.float32(i / steps) for i in range(steps)]
+    shares = np.arange(steps, dtype=np.float32) / np.float32(steps)
+    return [noise * (np.float32(1) - share) + data * share for share in shares]
 
 
 def output(x: Array, step: int) -> Array:

@@ -209,7 +209,7 @@ def test_the_library_has_what_is_called(library: Library) -> None:
     from cuda.bindings import runtime
 
     trt = library.trt
-    users = "".join(map(inspect.getsource, (backend_tensorrt, card, Library)))
+    users = "".join(inspect.getsource(user) for user in (backend_tensorrt, card, Library))
     for owner, names in {
         trt.Runtime: ("deserialize_cuda_engine", "engine_host_code_allowed"),
         trt.ICudaEngine: (

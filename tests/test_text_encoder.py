@@ -47,6 +47,10 @@ class Watched:
     device: str = ""
     memory_bytes: int | None = None
 
+    @property
+    def identity(self) -> str:
+        return self.backend.identity
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component = self.backend.load(folder, name, spec)
         close: Callable[[], None] = component.close
@@ -182,7 +186,7 @@ def test_bfloat16_blocks_compute_what_float32_ones_do(tiny: Tiny, tmp_path: Path
     for precision in ("fp32", "bf16"):
         folder = tmp_path / precision
         folder.mkdir()
-        spec = wan.export_component("text_encoder", checkpoint, configs, folder, precision)  # type: ignore[arg-type]
+        spec = wan.export_component("text_encoder", checkpoint, configs, folder, precision)
         path = folder / spec.graphs["blocks_0"].path
         onnx.checker.check_model(str(path))
         results.append(ReferenceEvaluator(str(path)).run(None, feeds)[0])

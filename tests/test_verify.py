@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_the_first_use_on_a_device_is_tested_and_remembered(
     tested: list[str] = []
     check = self_test.check
 
-    def count(name: str, component: Component, manifest: Manifest, folder: Path) -> self_test.Verdict:
+    def count(name: str, component: Iterable[Component], manifest: Manifest, folder: Path) -> self_test.Verdict:
         tested.append(name)
         return check(name, component, manifest, folder)
 

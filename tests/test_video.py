@@ -59,7 +59,8 @@ def write(path: Path, frames: np.ndarray, **changes: Any) -> Path:
 
 def read(path: Path) -> np.ndarray:
     if path.suffix == ".npy":
-        return np.load(path)
+        frames: np.ndarray = np.load(path)
+        return frames
     if path.is_dir():
         return np.concatenate([read(file) for file in sorted(path.iterdir())])
     with av.open(str(path)) as container:
