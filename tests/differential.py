@@ -83,7 +83,7 @@ class Reference:
     def init_noise_sigma(self) -> float:
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
-    def scaled(self, i: int, sample: np.ndarray) -> np.ndarray:
+    def scaled(self, i: int, sample: np.ndarray) -> Any:
         if not hasattr(self.scheduler, "scale_model_input"):
             return sample
         return self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[i]).numpy()
