@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 from t2v_rt.engines import platform
@@ -62,7 +63,8 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError, ValueError):  # the terminal is gone
+                self._progress.stop()
 
     def update(self, stage: str, done: int, total: int, *, detail: str = "") -> None:
         """Moves a stage's bar."""
