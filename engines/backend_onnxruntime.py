@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec
+from t2v_rt.engines.platform import native_name, usable_threads
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 
@@ -122,7 +123,7 @@ class OnnxRuntimeBackend:
 
     Args:
         provider: `cpu` or `cuda`.
-        threads: of one engine; None for as many as there are cores.
+        threads: of one engine; None for as many as there are cores. Never more than this process may use.
 
     Raises:
         BackendError: unknown provider, or one that this installation of ONNX Runtime lacks.
@@ -136,6 +137,7 @@ class OnnxRuntimeBackend:
             raise BackendError(f"unknown provider {self.provider!r}; expected one of {', '.join(PROVIDERS)}")
         if self.threads is not None and self.threads < 1:
             raise BackendError(f"threads is {self.threads}; expected 1 or more")
+        object.__setattr__(self, "threads", usable_threads(self.threads))
         if PROVIDERS[self.provider][0] not in ort.get_available_providers():
             raise BackendError(
                 f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
@@ -195,7 +197,7 @@ class OnnxRuntimeBackend:
         options.use_deterministic_compute = True
         name, settings = PROVIDERS[self.provider]
         try:
-            return ort.InferenceSession(str(path), options, providers=[(name, settings)])
+            return ort.InferenceSession(native_name(path), options, providers=[(name, settings)])
         except Exception as exc:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"

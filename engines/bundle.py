@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.manifest import MANIFEST_NAME, FileEntry, Manifest
+from t2v_rt.engines.outputs import check_place
+from t2v_rt.engines.user_cache import UserCache
 from t2v_rt.errors import BundleError
 
-logger = logging.getLogger(__name__)
 CHUNK = 1 << 20
 
 
@@ -85,6 +86,39 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(content)
 
 
+def check_bundle_place(path: str | Path) -> Path:
+    """Checks that a bundle can be written to a folder, without a look at what an older bundle there holds.
+
+    Returns:
+        The path that is to be written, see `check_place`.
+
+    Raises:
+        RequestError: it cannot be written.
+        BundleError: something other than a bundle is there.
+    """
+    target = check_place(path, stat.S_IFDIR, "a bundle")
+    if target.is_dir() and not (target / MANIFEST_NAME).is_file() and any(target.iterdir()):
+        raise BundleError(f"{path} exists and is not a bundle; give another output folder, or remove it")
+    return target
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuses a folder that holds anything but an older bundle: it would be lost with it.
+
+    Raises:
+        BundleError: it has files that its manifest does not name, or a manifest that cannot be read.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        known = {MANIFEST_NAME, *json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise BundleError(f"{folder} has no {MANIFEST_NAME} that can be read; remove it, or choose another") from exc
+    for file in sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()):
+        if file.relative_to(folder).as_posix() not in known:
+            raise BundleError(f"{folder} holds {file.name}, which is not of the bundle and would be lost; move it away")
+
+
 def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None) -> Manifest:
     """Writes the manifest with the size and hash of every file of the folder.
 
@@ -126,16 +160,16 @@ class Stamps:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-        self._file = platform.cache_dir() / "hashes" / f"{name}.json"
+        self._name = f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
+        self._cache = UserCache("hashes")
         self._known: Mapping[str, object] = self._load()
         self._new: dict[str, list[object]] = {}
 
     def _load(self) -> Mapping[str, object]:
         try:
-            content = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # no stamp yet, or an unreadable one: everything is hashed
+            content = json.loads(self._cache.get(self._name) or b"{}")
+        except ValueError:
+            return {}  # an unreadable stamp: everything is hashed
         return content if isinstance(content, dict) else {}
 
     def sha256(self, path: str) -> str:
@@ -157,10 +191,4 @@ class Stamps:
         """Writes the stamp; a cache that cannot be written only costs the next opening its time."""
         if self._new == self._known:
             return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = platform.temporary_sibling(self._file)
-            temporary.write_text(json.dumps(self._new), encoding="utf-8")
-            platform.replace_file(temporary, self._file)
-        except OSError as exc:
-            logger.info("hashes are not remembered: %s", exc)
+        self._cache.put(self._name, json.dumps(self._new).encode())

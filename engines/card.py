@@ -11,9 +11,9 @@ import logging
 import threading
 from typing import Any
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.cuda import Cuda, DeviceBuffer
 from t2v_rt.engines.tensorrt_library import Library
+from t2v_rt.engines.user_cache import UserCache
 from t2v_rt.errors import EngineError, OutOfMemoryError
 
 logger = logging.getLogger(__name__)
@@ -94,23 +94,13 @@ class KernelCache:
     """
 
     def __init__(self, key: str) -> None:
-        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-        self.path = platform.cache_dir() / "kernels" / f"{digest}.bin"
+        self._name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.bin"
+        self._cache = UserCache("kernels")
 
     def read(self) -> bytes | None:
         """What was kept, or None."""
-        try:
-            return self.path.read_bytes()
-        except OSError:
-            return None
+        return self._cache.get(self._name)
 
     def write(self, content: bytes) -> None:
-        """Keeps kernels, in a file of the user's own, whole or not at all; a cache that cannot be written is told."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = platform.temporary_sibling(self.path)
-            with platform.create_private(temporary) as stream:
-                stream.write(content)
-            platform.replace_file(temporary, self.path)
-        except OSError as exc:
-            logger.info("compiled kernels are not kept: %s", exc)
+        """Keeps kernels."""
+        self._cache.put(self._name, content)

@@ -1,37 +1,35 @@
-"""What differs between Linux, Windows and macOS: replacing files and folders, memory readings, the user's cache."""
+"""What differs between Linux, Windows and macOS: replacing files and folders, readings of memory and processors."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import logging
+import math
 import os
-import secrets
 import shutil
 import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
+from t2v_rt.engines import cgroups
+from t2v_rt.engines.temporaries import ASIDE, NAME_KEPT, abandoned_siblings, temporary_sibling
 from t2v_rt.errors import RequestError
+
+__all__ = ["temporary_sibling"]
 
 logger = logging.getLogger(__name__)
 TRIES = 10  # on Windows a virus scanner or an indexer may hold a new file for a moment
 PAUSE = 0.05  # seconds before the first retry, growing with each: 2.3 in all
-NAME_KEPT = 40  # characters of a name that its temporary sibling repeats; names end at 255 bytes
-
-
-def temporary_sibling(path: Path) -> Path:
-    """A hidden name beside `path` that nothing else uses; nothing is created."""
-    return path.parent / f".{path.name[:NAME_KEPT]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def lasting_sibling(path: Path) -> Path:
     """A hidden name beside `path`, the same each time; nothing is created."""
-    digest = hashlib.sha256(path.name.encode()).hexdigest()[:8]  # long names may begin alike
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]  # long names may begin alike
     return path.parent / f".{path.name[:NAME_KEPT]}.{digest}.building"
 
 
@@ -92,6 +90,34 @@ def _try_lock(stream: BinaryIO) -> bool:
     return True
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary name for a file that takes the place of `target` when the block ends well, and else goes.
+
+    Args:
+        target: its final name; an older file there stays untouched until then.
+
+    Raises:
+        OSError: the system refuses, also after short retries.
+    """
+    remove_abandoned(target)
+    temporary = temporary_sibling(target)
+    try:
+        yield temporary
+        replace_file(temporary, target)
+    finally:
+        remove_tree(temporary)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Removes what killed processes left unfinished beside a target, and puts back what they had put aside from it."""
+    for sibling, kind in abandoned_siblings(target):
+        if kind == ASIDE and not os.path.lexists(target):
+            _retry_rename(sibling, target)
+        else:
+            remove_tree(sibling)
+
+
 def replace_file(temporary: Path, target: Path) -> None:
     """Puts a finished file in its place in one step, over an older one.
 
@@ -128,7 +154,7 @@ def replace_together(pairs: Sequence[tuple[Path, Path]]) -> None:
         OSError: the system refuses, also after short retries; everything is then where it was.
     """
     moves: list[tuple[Path, Path]] = []  # (from, to), noted before each so that an interruption can be undone too
-    asides = [temporary_sibling(target) for _, target in pairs]
+    asides = [temporary_sibling(target, ASIDE) for _, target in pairs]
     try:
         for (temporary, target), aside in zip(pairs, asides, strict=True):
             if os.path.lexists(target):
@@ -235,17 +261,42 @@ def check_writable_parent(path: Path) -> None:
         raise RequestError(f"{str(path)!r} cannot be the name of a file ({exc}); choose another") from exc
 
 
-def cache_dir() -> Path:
-    """The user's folder for what can be made again: hashes that were checked, compiled kernels."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-        root = Path(base) if base else Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        root = Path(base) if base.startswith("/") else Path.home() / ".cache"  # the standard: ignored where relative
-    return root / "t2v-rt"
+def usable_threads(asked: int | None) -> int | None:
+    """Threads that pay: more than there are processors for wait for one another, and take many times as long.
+
+    Args:
+        asked: for; None for the library's own choice.
+
+    Returns:
+        What was asked for, or, with a warning, what this process may use. None where the library's choice is as good:
+        it goes by the machine's cores, which this process may not have all of.
+    """
+    usable = usable_processors()
+    if asked is None:
+        return usable if usable < (os.cpu_count() or 1) else None
+    if asked > usable:
+        logger.warning("threads is %d, and this process may use %d processors: %d are used", asked, usable, usable)
+    return min(asked, usable)
+
+
+def native_name(path: Path) -> str:
+    """A path as native libraries take it, in UTF-8, also where the locale made escapes of its bytes.
+
+    Raises:
+        RequestError: its bytes are not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError as exc:
+        raise RequestError(f"{path} is not UTF-8, and engines are not loaded from such a place; rename it") from exc
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream shows what is written to a person; not where there is none, or it cannot say."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, ValueError, OSError):  # no stream, none of Python's own, or a closed one
+        return False
 
 
 def free_disk_bytes(path: Path) -> int:
@@ -282,47 +333,17 @@ def available_memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    room = _cgroup_room(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    room = cgroups.memory_room()
     return available if room is None else min(available, room)
 
 
-def _cgroup_room(root: Path, own: Path) -> int | None:
-    """Bytes that this process's memory control groups (version 1 or 2) still allow, or None without a limit.
-
-    Args:
-        root: where the groups are mounted.
-        own: the file that names this process's groups.
-    """
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    rooms: list[int] = []
-    for _, controllers, name in (line.split(":", 2) for line in lines):
-        if controllers == "":
-            base, files = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # A container may see its own group mounted at the root, so the root counts as well as every group below it.
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
-        found = (_group_room(base.joinpath(*parts[:depth]), *files) for depth in range(len(parts) + 1))
-        rooms += [room for room in found if room is not None]
-    return min(rooms, default=None)
-
-
-def _group_room(group: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
-    try:
-        limit = (group / limit_name).read_text(encoding="ascii").strip()
-        if limit == "max":
-            return None
-        used = int((group / used_name).read_text(encoding="ascii"))
-        counters = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        # file pages that were not touched lately count as used, yet they are given up on demand
-        return max(0, int(limit) - used + int(counters.get(cache_name, 0)))
-    except (OSError, ValueError):
-        return None
+def usable_processors() -> int:
+    """Processors that this process may use: those of the machine, of its affinity, or a container's worth of time."""
+    if sys.platform == "linux":
+        allowed = len(os.sched_getaffinity(0))
+        quota = cgroups.processor_quota()
+        return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+    return os.cpu_count() or 1
 
 
 def _windows_memory() -> dict[str, int]:

@@ -9,8 +9,8 @@ import hashlib
 import logging
 from pathlib import Path
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.manifest import MANIFEST_NAME
+from t2v_rt.engines.user_cache import UserCache
 from t2v_rt.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -18,19 +18,13 @@ logger = logging.getLogger(__name__)
 
 def remember_built(folder: Path) -> None:
     """Notes in the user's cache that a bundle was built here; its manifest holds the hashes of all its files."""
-    note = _note(folder)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        note.touch(mode=0o600)
-    except OSError as exc:
-        logger.warning(
-            "%s: it is not noted that this bundle was built here (%s); the next build will not reuse it", note, exc
-        )
+    if not UserCache("built").put(_name(folder), b""):
+        logger.warning("%s: it is not noted that this bundle was built here; the next build will not reuse it", folder)
 
 
 def built_here(folder: Path) -> bool:
     """Whether a bundle is, to the last byte of its manifest, one that was built here."""
-    return _note(folder).is_file()
+    return UserCache("built").has(_name(folder))
 
 
 def check_trust(folder: Path, trust: bool) -> None:
@@ -46,6 +40,5 @@ def check_trust(folder: Path, trust: bool) -> None:
         )
 
 
-def _note(folder: Path) -> Path:
-    digest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    return platform.cache_dir() / "built" / digest
+def _name(folder: Path) -> str:
+    return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()

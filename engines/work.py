@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines import platform
-from t2v_rt.engines.bundle import hash_file
-from t2v_rt.engines.manifest import MANIFEST_NAME, FileEntry
-from t2v_rt.errors import BundleError, CheckpointError, RequestError
+from t2v_rt.engines.bundle import check_bundle_place, check_replaceable, hash_file
+from t2v_rt.engines.manifest import FileEntry
+from t2v_rt.errors import CheckpointError, RequestError
 
 logger = logging.getLogger(__name__)
 CONTINUES = "finished parts are kept, the same command goes on from there"
@@ -130,11 +130,11 @@ def open_work(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterato
 
     Raises:
         RequestError: the parent folder is missing or not writable, the disk is full, or the same output is being built.
-        BundleError: something other than a bundle is there already.
+        BundleError: something other than a bundle is there already, or something beside its files.
     """
-    platform.check_writable_parent(target)
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and (target.is_file() or any(target.iterdir())):
-        raise BundleError(f"{target} exists and is not a bundle; give another output folder, or remove it")
+    target = check_bundle_place(target)
+    check_replaceable(target)
+    platform.remove_abandoned(target)
     place = platform.lasting_sibling(target)
     with platform.locked(place.with_name(f"{place.name}.lock"), f"{target} is being built by another process"):
         if fresh:

@@ -54,7 +54,7 @@ def fetch(repository: str, revision: str | None = None, *, download: bool = True
         raise InputError(
             f"{repository} is not a folder here; to take it from the Hugging Face hub, install t2v-rt[hub]"
         ) from exc
-    if not sys.stderr.isatty():  # its bars are for a person, as ours are
+    if not platform.is_terminal(sys.stderr):  # its bars are for a person, as ours are
         huggingface_hub.utils.disable_progress_bars()
     if not download:
         return _from_cache(huggingface_hub, repository, revision, "nothing is downloaded for an estimate")

@@ -155,7 +155,7 @@ class TextToVideoPipeline:
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 turns it off and halves the denoiser calls.
             num_videos_per_prompt: videos of each prompt.
-            seed: one for all videos, or a list with one for each; None draws one (see the result's `seed`).
+            seed: one for all videos, or a list with one for each; None or -1 draws one (see the result's `seed`).
             generator: instead of seed, one or a list.
             latents: float (B, C, F, H, W) to start from instead of noise; they set the video's size.
             prompt_embeds: float (B, L, D) instead of prompt.

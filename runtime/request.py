@@ -16,12 +16,14 @@ from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.guidance import WHOLE, Guidance, is_number
 from t2v_rt.runtime.noise import Generator, check_seed, randn_for
+from t2v_rt.runtime.prompt import check_text
 from t2v_rt.runtime.scheduler_base import check_steps
 from t2v_rt.runtime.step_cache import check_threshold
 
 OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 ZERO_INIT_STEPS = 1  # of CFG-Zero*; its paper zeroes the first 4 % of the steps, diffusers' guider one
 SEED_BITS = 32  # of a seed that is drawn because none was given
+RANDOM_SEED = -1  # asks for a drawn one, as in every program of this kind; a generator takes it as a seed, as torch's
 Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
 
@@ -257,12 +259,17 @@ def _positive(name: str, value: int | None, default: int) -> int:
 
 
 def _seeds(seed: int | Sequence[int] | None, videos: int, *, drawn: bool) -> tuple[int, ...]:
-    if seed is None:
-        return () if drawn else (secrets.randbits(SEED_BITS),)
-    seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
-    if len(seeds) not in (1, videos):
-        raise RequestError(f"{len(seeds)} seeds were given for {videos} videos; give one, or one for each")
-    return tuple(check_seed(item) for item in seeds)
+    if seed is None or (not isinstance(seed, (list, tuple)) and check_seed(seed) == RANDOM_SEED):
+        return () if drawn else (_draw(),)
+    given = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
+    if len(given) not in (1, videos):
+        raise RequestError(f"{len(given)} seeds were given for {videos} videos; give one, or one for each")
+    seeds = (check_seed(item) for item in given)
+    return tuple(_draw() if item == RANDOM_SEED else item for item in seeds)
+
+
+def _draw() -> int:
+    return secrets.randbits(SEED_BITS)
 
 
 def _texts(
@@ -308,6 +315,8 @@ def _text(
     items = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (list, tuple)) else ()
     if not items or not all(isinstance(item, str) for item in items):
         raise RequestError(f"{name} is {text!r}; expected text or a list of texts")
+    for item in items:
+        check_text(name, item)
     return items, None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines import platform
+from t2v_rt.engines.outputs import check_place
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.video_formats import (
     CODECS,
@@ -19,7 +21,7 @@ from t2v_rt.runtime.video_formats import (
     format_of,
     metadata_path,
 )
-from t2v_rt.runtime.video_images import SHEET_GAP, Frame, contact_sheet, encode_png, write_png
+from t2v_rt.runtime.video_images import SHEET_GAP, Frame, check_png, contact_sheet, encode_png, write_png
 from t2v_rt.runtime.video_writers import ArrayWriter, ContainerWriter, FolderWriter, VideoWriter
 
 __all__ = [
@@ -29,13 +31,16 @@ __all__ = [
     "VideoWriter",
     "canonical_json",
     "check_output",
+    "check_png",
     "contact_sheet",
     "encode_png",
     "metadata_path",
     "open_writer",
     "read_metadata",
+    "side_files",
     "write_png",
 ]
+FRAME = re.compile(r"frame_\d{5,}\.png")
 FPS_RANGE = (0.01, 1000.0)
 GIF_MAX_FPS = 50.0  # gif counts in hundredths of a second, and browsers slow down anything shorter than two
 
@@ -47,33 +52,51 @@ def check_output(path: str | Path) -> Path:
         path: a file of a known extension, or a folder (no extension, .png, or a trailing separator) for single images.
 
     Returns:
-        The path.
+        The path that is to be written: absolute, and of a link, its target.
 
     Raises:
-        RequestError: unknown extension (the known are listed), a missing or unwritable folder, a folder in the place of
-            a file or the other way round.
+        RequestError: unknown extension (the known are listed), a missing or unwritable folder, or something there that
+            is not ours to replace: a folder that holds anything but frames written here, a device, a pipe …
     """
-    target, suffix = Path(path), format_of(path)
+    suffix = format_of(path)
     if suffix not in FORMATS:
         raise RequestError(
-            f"{target}: unknown video format {target.suffix!r}; expected one of {', '.join(FORMATS)}, "
+            f"{path}: unknown video format {suffix!r}; expected one of {', '.join(FORMATS)}, "
             "or a name without extension for a folder of png"
         )
-    if target.name in ("", ".."):
-        raise RequestError(f"{str(path)!r} has no name for a video; give one, such as out.mp4")
-    platform.check_writable_parent(target)
-    if suffix == FOLDER:
-        if target.is_file() or (target.is_dir() and any(not _is_frame(item) for item in target.iterdir())):
-            raise RequestError(f"{target} exists and is not a folder of frames; choose another name")
-    elif target.is_dir():
-        raise RequestError(f"{target} is a folder; expected the name of a {suffix} file")
-    if suffix in SIDECAR and metadata_path(target).is_dir():
-        raise RequestError(f"{metadata_path(target)} is a folder; metadata is to be written there: choose another name")
+    kind, what = (stat.S_IFDIR, "a folder of frames") if suffix == FOLDER else (stat.S_IFREG, f"a {suffix} file")
+    target = check_place(path, kind, what)
+    for beside in side_files(path):
+        check_place(beside, stat.S_IFREG, "a file, and metadata is to be written there")
+        if beside.exists() and not _is_metadata(beside):
+            raise RequestError(
+                f"{beside} was not written here, and metadata is to be written there; choose another name"
+            )
+    if target.is_dir() and not _holds_only_frames(target):
+        raise RequestError(f"{path} is not a folder of frames that was written here; choose another name")
     return target
 
 
-def _is_frame(path: Path) -> bool:
-    return path.suffix == ".png" and path.stem.startswith("frame_")
+def side_files(path: str | Path) -> tuple[Path, ...]:
+    """What is written beside a video: its metadata, where its format carries none."""
+    return (metadata_path(Path(path)),) if format_of(path) in SIDECAR else ()
+
+
+def _holds_only_frames(folder: Path) -> bool:
+    """Whether nothing is lost with a folder: it is empty, or has frames alone, and their metadata beside it."""
+    items = list(folder.iterdir())
+    frames = all(FRAME.fullmatch(item.name) and stat.S_ISREG(item.lstat().st_mode) for item in items)
+    return frames and (not items or metadata_path(folder).is_file())
+
+
+def _is_metadata(path: Path) -> bool:
+    """Whether a file is written to the letter as metadata is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        return isinstance(content, dict) and text == canonical_json(content) + "\n"
+    except (OSError, ValueError):  # RequestError among them
+        return False
 
 
 def open_writer(

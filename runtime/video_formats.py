@@ -69,8 +69,9 @@ def format_of(path: str | Path) -> str:
 
 
 def metadata_path(path: Path) -> Path:
-    """The JSON file beside a video whose format carries no metadata."""
-    return path.with_name(path.name + ".json")
+    """The JSON file beside a video whose format carries no metadata; of a link, beside what it points to."""
+    real = Path(os.path.realpath(path))
+    return Path(os.path.realpath(real.with_name(real.name + ".json")))
 
 
 def canonical_json(metadata: Mapping[str, object]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines import platform
+from t2v_rt.engines.outputs import check_file
 from t2v_rt.errors import RequestError, T2VError
 
 Frame = NDArray[np.uint8]
@@ -65,25 +66,25 @@ def write_png(path: str | Path, image: Frame) -> None:
     """Writes an image; the file is there whole or not at all.
 
     Args:
-        path: of the file; an older one is replaced.
+        path: of the file, ending in .png; an older one is replaced.
         image: uint8 (H, W, 3), RGB.
 
     Raises:
-        RequestError: not such an image, or its folder is missing or not writable.
+        RequestError: not such an image, or the path cannot be written to.
         T2VError: the disk failed.
     """
-    target = Path(path)
-    platform.check_writable_parent(target)
-    if target.is_dir():
-        raise RequestError(f"{target} is a folder; expected the name of a png file")
-    content, temporary = encode_png(image), platform.temporary_sibling(target)
+    target = check_png(path)
+    content = encode_png(image)
     try:
-        temporary.write_bytes(content)
-        platform.replace_file(temporary, target)
+        with platform.replacing(target) as temporary:
+            temporary.write_bytes(content)
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc
-    finally:
-        platform.remove_tree(temporary)
+
+
+def check_png(path: str | Path) -> Path:
+    """Checks that a png can be written; see `check_file`."""
+    return check_file(path, ".png", "a png file")
 
 
 def contact_sheet(frames: Frame, columns: int) -> Frame:

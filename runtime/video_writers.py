@@ -79,6 +79,7 @@ class VideoWriter(ABC):
         self.written += 1
 
     def __enter__(self) -> Self:
+        platform.remove_abandoned(self.target)
         try:
             with self._wrapped(RequestError, "choose another size or format"):
                 self._open()
@@ -118,6 +119,7 @@ class VideoWriter(ABC):
             platform.replace_file(self._temporary, self.target)
             return
         beside = metadata_path(self.target)
+        platform.remove_abandoned(beside)
         temporary = platform.temporary_sibling(beside)
         try:
             temporary.write_text(self._metadata + "\n", encoding="utf-8", newline="\n")

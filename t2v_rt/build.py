@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.backends import check_backend
-from t2v_rt.engines.bundle import Bundle, Stamps, open_bundle, read_manifest, write_manifest
+from t2v_rt.engines.bundle import Bundle, Stamps, check_bundle_place, open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.manifest import ComponentSpec, EmbeddingSpec, Manifest
+from t2v_rt.engines.outputs import check_apart
 from t2v_rt.engines.plans import Sizes
 from t2v_rt.engines.tensorrt_library import check_targets
 from t2v_rt.engines.trust import built_here, remember_built
@@ -81,14 +81,15 @@ def build_engines(
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, pickled or of an unsupported architecture, or cannot be
             had from the hub.
-        BundleError: something other than a bundle is at `output`.
+        BundleError: something other than a bundle is at `output`, or something beside its files.
         BackendError: the backend is unknown or not available, or a GPU is.
         RequestError: a setting is invalid, the output folder, disk or memory cannot take the build, or another process
             builds the same output.
         EngineError: a plan cannot be built.
     """
     target = Path(output)
-    platform.check_writable_parent(target)
+    inputs = {"the checkpoint": checkpoint, **dict(files or {})}
+    check_apart({"the output": check_bundle_place(output)}, inputs)
     sizes = (height, width, num_frames)
     job, manifest = BuildRequest(
         checkpoint,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines import platform
+from t2v_rt.engines.outputs import check_apart
 from t2v_rt.runtime.array_file import check_array_path
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
+from t2v_rt.runtime.prompt import check_text
 from t2v_rt.runtime.prompt_file import PROMPT_EMBEDS, PromptEmbeds, save_prompt
 
 
@@ -46,7 +48,9 @@ def encode(
         RequestError: the output cannot be written, or the bundle has no text encoder.
         EngineError: the text encoder failed.
     """
-    check_array_path(output, PROMPT_EMBEDS)
+    check_apart({"the output": check_array_path(output, PROMPT_EMBEDS)}, {"the bundle": folder})
+    check_text("prompt", prompt)
+    check_text("negative_prompt", negative_prompt)
     pipe = TextToVideoPipeline.from_pretrained(
         folder, backend, vram_budget, provider=provider, threads=threads, trust=trust
     )

@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines import platform
+from t2v_rt.engines.outputs import check_apart
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
 from t2v_rt.runtime.pipeline import StepCallback, TextToVideoPipeline
+from t2v_rt.runtime.prompt import check_text
 from t2v_rt.runtime.prompt_file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
-from t2v_rt.runtime.video import check_output, contact_sheet, open_writer, write_png
+from t2v_rt.runtime.video import check_output, check_png, contact_sheet, open_writer, side_files, write_png
 
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
@@ -95,24 +97,28 @@ def _check_options(options: argparse.Namespace) -> None:
         raise RequestError("--save-latents and --from-latents exclude each other")
     if options.fps is not None and not 0 < options.fps <= 1000:
         raise RequestError(f"--fps is {options.fps}; expected more than 0 and at most 1000")
+    if options.preview is not None and options.from_latents is not None:
+        raise RequestError("--preview shows the steps of sampling, --from-latents has none; leave one of them out")
+    check_text("PROMPT", options.prompt)
+    check_text("--negative-prompt", options.negative_prompt)
+    _check_outputs(options)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Every file that will be written can be, and is a file of its own."""
+    outputs: dict[str, Path] = {}
     if options.output is not None:
-        check_output(options.output)
+        outputs["--output"] = check_output(options.output)
+        for path in side_files(options.output):
+            outputs["the metadata of --output"] = path
     if options.save_latents is not None:
-        check_array_path(options.save_latents, LATENTS)
+        outputs["--save-latents"] = check_array_path(options.save_latents, LATENTS)
     if options.contact_sheet is not None:
-        platform.check_writable_parent(Path(options.contact_sheet))
+        outputs["--contact-sheet"] = check_png(options.contact_sheet)
     if options.preview is not None:
-        if options.from_latents is not None:
-            raise RequestError("--preview shows the steps of sampling, --from-latents has none; leave one of them out")
-        _check_image_path(options.preview)
-
-
-def _check_image_path(path: str) -> None:
-    """Refuses, before any work, a path that no png can be written to."""
-    target = Path(path)
-    if target.suffix.lower() != ".png" or target.is_dir():
-        raise RequestError(f"{target} is not the name of a png file; give one that ends in .png")
-    platform.check_writable_parent(target)
+        outputs["--preview"] = check_png(options.preview)
+    inputs = {"--engines": options.engines, "--prompt-embeds": options.prompt_embeds}
+    check_apart(outputs, {**inputs, "--from-latents": options.from_latents})
 
 
 def _set_scheduler(pipe: TextToVideoPipeline, options: argparse.Namespace) -> None:

@@ -7,9 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.engines import platform
 from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.engines.manifest import Manifest
-from t2v_rt.errors import RequestError
+from t2v_rt.engines.outputs import check_file
+from t2v_rt.errors import T2VError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
@@ -144,12 +146,16 @@ def picture(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the picture; raises RequestError for a name that is no svg, or a folder that cannot be written."""
-    from t2v_rt.engines import platform
+def check_picture(path: str | Path) -> Path:
+    """Checks that the picture can be written; see `check_file`."""
+    return check_file(path, ".svg", "an svg file")
 
-    target = Path(path)
-    if target.suffix.lower() != ".svg":
-        raise RequestError(f"{target} is not the name of an svg file; give one that ends in .svg")
-    platform.check_writable_parent(target)
-    target.write_text(picture(report), encoding="utf-8")
+
+def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the picture, whole or not at all; raises RequestError where it cannot be written."""
+    target = check_picture(path)
+    try:
+        with platform.replacing(target) as temporary:
+            temporary.write_text(picture(report), encoding="utf-8", newline="\n")
+    except OSError as exc:
+        raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc

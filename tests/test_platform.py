@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from t2v_rt.engines import platform
+from t2v_rt.engines import cgroups, platform
+from t2v_rt.engines.user_cache import cache_folder
 from t2v_rt.errors import RequestError
 
 READING_TOLERANCE = 0.2  # of a peak: what the system's own counting may be late by
@@ -159,13 +160,15 @@ def test_parents_that_cannot_be_written(tmp_path: Path) -> None:
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variable = {"win32": "LOCALAPPDATA", "darwin": "HOME"}.get(sys.platform, "XDG_CACHE_HOME")
     monkeypatch.setenv(variable, str(tmp_path))
-    assert platform.cache_dir().is_relative_to(tmp_path)
-    assert platform.cache_dir().name == "t2v-rt"
+    folder = cache_folder()
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path)
+    assert folder.name == "t2v-rt"
     if sys.platform == "linux":
         monkeypatch.setenv("HOME", str(tmp_path))
         for value in ("", "relative"):
             monkeypatch.setenv(variable, value)
-            assert platform.cache_dir() == tmp_path / ".cache/t2v-rt"
+            assert cache_folder() == tmp_path / ".cache/t2v-rt"
 
 
 # In a process of its own: what other tests took would count.
@@ -208,9 +211,9 @@ def test_memory_groups(tmp_path: Path) -> None:
 
     def room(text: str) -> int | None:
         own.write_text(text)
-        return platform._cgroup_room(root, own)
+        return cgroups.memory_room(root, own)
 
-    assert platform._cgroup_room(root, own) is None  # another kind of system
+    assert cgroups.memory_room(root, own) is None  # another kind of system
     assert room("0::/\n") is None
     group("a/b", "max", 10, 0)
     assert room("0::/a/b\n") is None

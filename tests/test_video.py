@@ -359,8 +359,9 @@ def test_images(tmp_path: Path) -> None:
         contact_sheet(clip(2), 0)
     with pytest.raises(RequestError, match="does not exist"):
         write_png(tmp_path / "none" / "b.png", image)
+    (tmp_path / "c.png").mkdir()
     with pytest.raises(RequestError, match="is a folder"):
-        write_png(tmp_path, image)
+        write_png(tmp_path / "c.png", image)
 
 
 def test_importing_does_not_load_av() -> None:
