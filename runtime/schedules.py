@@ -51,7 +51,7 @@ def linspace(start: float, stop: float, count: int) -> Float32:
     step = np.float64((last - first) / np.float32(count - 1)) if count > 1 else np.float64(0.0)
     i = np.arange(count)
     rising, falling = np.float64(first) + step * i, np.float64(last) - step * (count - 1 - i)
-    return np.where(i < count // 2, rising, falling).astype(np.float32)
+    return np.where(i < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
 def make_betas(kind: str, start: float, stop: float, count: int, trained: Sequence[float] | None = None) -> Float32:

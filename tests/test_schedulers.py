@@ -53,9 +53,7 @@ def arrays(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, n
 def test_random_settings_beside_diffusers(name: str) -> None:
     diffusers.utils.logging.set_verbosity_error()
     for trial, outcome in differential.trials(name, TRIALS):
-        assert outcome.timesteps <= differential.SCHEDULE_TOLERANCE, trial
-        assert outcome.sigmas <= differential.SCHEDULE_TOLERANCE, trial
-        assert outcome.excess <= 1.0, (outcome, trial)
+        assert not outcome.failed, (outcome, trial)
 
 
 def test_the_differential_test_can_fail() -> None:
@@ -263,7 +261,6 @@ BAD_SETTINGS = [
         {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
         "solver_order is 3",
     ),
-    (LCMScheduler, {"original_inference_steps": 2000}, "original_inference_steps is 2000"),
     (FlowMatchEulerDiscreteScheduler, {"shift": 0.0}, "shift 0.0"),
 ]
 
