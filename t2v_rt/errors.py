@@ -3,6 +3,7 @@
     T2VError
     ├── InputError            what the caller gave cannot be used (exit code 2)
     │   ├── RequestError      a setting of a request: size, steps, guidance, scheduler, output …
+    │   │   └── ForeignAttributeError  something of diffusers' pipelines that is done in another way here
     │   ├── CheckpointError   a diffusers folder that cannot be exported
     │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
     │   └── BackendError      a backend that is unknown, not installed or not usable here
@@ -33,6 +34,10 @@ class InputError(T2VError, ValueError):
 
 class RequestError(InputError):
     """A setting of a request is invalid."""
+
+
+class ForeignAttributeError(RequestError, AttributeError):
+    """An attribute or method of diffusers' pipelines that is done in another way here."""
 
 
 class CheckpointError(InputError):
