@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from t2v_rt.errors import ForeignAttributeError, RequestError
+from t2v_rt.errors import ForeignAttributeError, RequestError, type_of
 
 # names of diffusers' pipelines, and what to do here
 WAYS = (
@@ -89,7 +89,7 @@ def scheduler_refusal(value: object) -> RequestError:
     elif isinstance(value, str):
         found = repr(value)
     else:
-        found = f"of type {type(value).__module__}.{type(value).__qualname__}"
+        found = f"of type {type_of(value)}"
     return RequestError(f"pipe.scheduler is {found}; expected {way}")
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import RequestError, type_of
 from t2v_rt.numbers import as_integer
 
 BLOCK = 16  # torch transforms uniforms in blocks of 16: eight radii, then eight angles
@@ -168,10 +168,9 @@ def check_generators(generators: Generator | Sequence[Generator], videos: int) -
     items = list(generators) if isinstance(generators, Sequence) else [generators]
     for item in items:
         if not isinstance(item, Generator):
-            found = f"{type(item).__module__}.{type(item).__qualname__}"
             raise RequestError(
-                f"generator is of type {found}; expected {__name__}.Generator: Generator(seed) draws the numbers of "
-                "torch.Generator().manual_seed(seed); or give seed"
+                f"generator is of type {type_of(item)}; expected {__name__}.Generator: Generator(seed) draws the "
+                "numbers of torch.Generator().manual_seed(seed); or give seed"
             )
     if len(items) not in (1, videos):
         raise RequestError(f"{len(items)} generators were given for {videos} videos; give one, or one for each")

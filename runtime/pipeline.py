@@ -352,12 +352,12 @@ class TextToVideoPipeline(DiffusersHabits):
     # -- stages on their own -----------------------------------------------------------------------------------------
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
-        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
-        return self.stages.encode_prompt(texts)
+        """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
+        return self.stages.encode_prompt([texts] if isinstance(texts, str) else texts)
 
     def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
         """Decodes one video's latents; see `Stages.decode`."""
-        return self.stages.decode(latents, progress)
+        return self.stages.decode(check_latents(self.manifest.model, latents), progress)
 
     def preview(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """A quick look at latents, for `callback_on_step_end`; see `t2v_rt.runtime.preview`.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines.manifest import Manifest, ModelSpec
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import RequestError, type_of
 from t2v_rt.numbers import as_flag, as_integer, as_number
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.diffusers_habits import advice
@@ -319,7 +319,7 @@ def _text(
 
 def _floats(name: str, array: NDArray[Any], dims: int) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != dims or array.dtype.kind != "f":
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else f"of type {type_of(array)}"
         raise RequestError(
             f"{name} is {found}; expected a floating-point NumPy array of {dims} dimensions{advice(name, array)}"
         )

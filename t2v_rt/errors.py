@@ -17,6 +17,11 @@ Every message is one line: what was found, what was expected, what to do.
 from __future__ import annotations
 
 
+def type_of(value: object) -> str:
+    """The full name of a value's type, for a message."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
 class T2VError(Exception):
     """Base of all errors that t2v-rt raises on purpose."""
 
