@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from t2v_rt.engines import forked
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec
+from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.engines.platform import native_name, usable_threads
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
+from t2v_rt.numbers import as_integer
 
 OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|bad_?alloc|out of memory", re.IGNORECASE)
 ERRORS_ONLY = 3  # ONNX Runtime's log level
@@ -45,6 +47,11 @@ class OrtState(EngineState):
 
     def __init__(self, current: Buffers, spare: Buffers, sizes: Mapping[str, int]) -> None:
         self.current, self.spare, self.sizes = current, spare, sizes
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the buffers to the parent, as they may lie on a GPU; see `t2v_rt.engines.forked`."""
+        forked.abandon(*self.current.values(), *self.spare.values())
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +67,18 @@ class OrtEngine(Engine):
     def __init__(self, name: str, spec: GraphSpec, session: ort.InferenceSession) -> None:
         super().__init__(name, spec)
         self._session: ort.InferenceSession | None = session
+        self._closed = "the engine is closed; open the component again"
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the session to the parent; see `t2v_rt.engines.forked`."""
+        forked.abandon(self._session)
+        self._session = None
+        self._closed = "the engine belongs to the process that this one was forked from; call the pipeline anew"
 
     def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
         if self._session is None:
-            raise EngineError(f"{self.name}: the engine is closed; open the component again")
+            raise EngineError(f"{self.name}: {self._closed}")
         try:
             if not isinstance(state, OrtState):
                 values = self._session.run([spec.name for spec in self.outputs], dict(feeds))
@@ -135,9 +150,10 @@ class OnnxRuntimeBackend:
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             raise BackendError(f"unknown provider {self.provider!r}; expected one of {', '.join(PROVIDERS)}")
-        if self.threads is not None and self.threads < 1:
-            raise BackendError(f"threads is {self.threads}; expected 1 or more")
-        object.__setattr__(self, "threads", usable_threads(self.threads))
+        threads = as_integer(self.threads)
+        if self.threads is not None and (threads is None or threads < 1):
+            raise BackendError(f"threads is {self.threads!r}; expected an integer of 1 or more")
+        object.__setattr__(self, "threads", usable_threads(threads))
         if PROVIDERS[self.provider][0] not in ort.get_available_providers():
             raise BackendError(
                 f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
@@ -168,7 +184,10 @@ class OnnxRuntimeBackend:
 
         Raises:
             EngineError: ONNX Runtime cannot load a graph.
+            BackendError: the GPU is that of the process that this one was forked from.
         """
+        if self.provider != "cpu":
+            forked.claim_gpu()
         engines: dict[str, Engine] = {}
         for role, graph in spec.graphs.items():
             label = name if role == "model" else f"{name}.{role}"
@@ -197,7 +216,8 @@ class OnnxRuntimeBackend:
         options.use_deterministic_compute = True
         name, settings = PROVIDERS[self.provider]
         try:
-            return ort.InferenceSession(native_name(path), options, providers=[(name, settings)])
+            with forked.loading:
+                return ort.InferenceSession(native_name(path), options, providers=[(name, settings)])
         except Exception as exc:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"

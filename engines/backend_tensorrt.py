@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.bundle import Bundle, check_file
+from t2v_rt.engines import forked
+from t2v_rt.engines.bundle import Bundle, check_file, check_manifest
 from t2v_rt.engines.card import Card, KernelCache
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
 from t2v_rt.engines.cuda import DeviceBuffer
@@ -111,6 +112,13 @@ class TensorRTEngine(Engine):
         self._device: dict[str, DeviceBuffer] = {}
         self._host: dict[str, NDArray[Any]] = {}
         self._sticky: dict[str, list[tuple[weakref.ref[NDArray[Any]], DeviceBuffer]]] = {}
+
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves everything on the GPU to the parent; see `t2v_rt.engines.forked`."""
+        forked.abandon(self._engine, self._context, self._kernels)
+        self._engine = self._context = self._kernels = None
 
     def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
         sizes: dict[str, int] = {}
@@ -293,13 +301,17 @@ class TensorRTBackend:
     """
 
     def __init__(self, bundle: Bundle, trust: bool = False) -> None:
-        self._bundle = bundle
+        self._bundle, self._trust = bundle, trust
         library = load_library(bundle.manifest.backend)
         check_version(bundle.manifest, library)
         check_trust(bundle.folder, trust)
+        check_manifest(bundle)  # the one that is trusted is the one that was opened
         self._card = Card(library)
         info = self._card.cuda.info
         check_target(bundle.manifest, info.target, info.name)
+
+    def __reduce__(self) -> tuple[type[TensorRTBackend], tuple[Bundle, bool]]:
+        return type(self), (self._bundle, self._trust)
 
     @property
     def device(self) -> str:
@@ -324,7 +336,9 @@ class TensorRTBackend:
         Raises:
             BundleError: a plan is not the file that was built.
             EngineError: the library cannot load a plan.
+            BackendError: the GPU is that of the process that this one was forked from.
         """
+        forked.claim_gpu()
         engines: dict[str, Engine] = {}
         with self._card.lock:
             self._card.cuda.activate()

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from t2v_rt.engines.manifest import MANIFEST_NAME, FileEntry, Manifest
@@ -19,11 +20,99 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What tells one file from another without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Identity | None:
+        """That of a file, of what it points to where it is a link; None where there is none."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its checked manifest."""
+    """An opened bundle: its folder, its checked manifest, and which files were checked.
+
+    Files are read when they are needed, which may be long after the opening, and are held against what was opened each
+    time. One that is another file by then is hashed again: equal content will do, as after an identical build.
+    """
 
     folder: Path
     manifest: Manifest
+    _opened: dict[str, Identity | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Callable[[Path, str], Bundle], tuple[Path, str]]:
+        return reopen_bundle, (self.folder, self.manifest.bundle_id)
+
+    def component_files(self, name: str) -> tuple[str, ...]:
+        """The files of a component, its self-test's answers too."""
+        return tuple(path for path in self.manifest.files if path.startswith((f"{name}/", f"self_test/{name}.")))
+
+    def note(self, path: str) -> None:
+        """Notes which file is there; to be called before its content is checked."""
+        self._opened[path] = Identity.of(self.folder / path)
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Refuses files that are not those that were opened, before they are read.
+
+        Args:
+            paths: inside the bundle.
+
+        Raises:
+            BundleError: one is gone, or its content is another.
+        """
+        for path in paths:
+            known, found = self._opened.get(path), Identity.of(self.folder / path)
+            if found is not None and found == known:
+                continue
+            try:
+                check_file(self, path)
+            except (BundleError, OSError) as exc:
+                raise BundleError(
+                    f"{self.folder}: {path} is not the file that was opened; the bundle was replaced or removed since "
+                    "it was opened; open it again"
+                ) from exc
+            self._opened[path] = found
+
+    def check_loaded(self, paths: Sequence[str]) -> None:
+        """Refuses files that were changed in place; loaded engines may have mapped them.
+
+        A file that was replaced or removed as a whole stays what it was for those who have mapped it.
+
+        Args:
+            paths: inside the bundle.
+
+        Raises:
+            BundleError: the content of one is another.
+        """
+        for path in paths:
+            known, found = self._opened.get(path), Identity.of(self.folder / path)
+            replaced = known is not None and found is not None and known.inode != found.inode
+            if found is not None and not replaced:
+                self.check([path])
+
+    @contextmanager
+    def held(self, paths: Sequence[str]) -> Iterator[None]:
+        """Refuses files that are not those that were opened, before they are read in the block, and after it.
+
+        Raises:
+            BundleError: one is gone, or its content is another.
+        """
+        self.check(paths)
+        try:
+            yield
+        finally:  # also where reading failed, for this says why
+            self.check(paths)
 
 
 def open_bundle(folder: str | Path) -> Bundle:
@@ -41,13 +130,36 @@ def open_bundle(folder: str | Path) -> Bundle:
         BundleError: no bundle there, a damaged, edited or newer manifest, a path that leaves the bundle, or a file that
             is missing or not the one that was built.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # what is opened stays the same when the process goes elsewhere
     bundle = Bundle(folder, read_manifest(folder))
     stamps = Stamps(folder)
     for path in bundle.manifest.files:
+        bundle.note(path)
         check_file(bundle, path, stamps)
     stamps.save()
     return bundle
+
+
+def reopen_bundle(folder: Path, bundle_id: str) -> Bundle:
+    """Opens a bundle that was opened before, perhaps by another process.
+
+    Raises:
+        BundleError: it cannot be opened, or is another one by now.
+    """
+    bundle = open_bundle(folder)
+    if bundle.manifest.bundle_id != bundle_id:
+        raise BundleError(
+            f"{folder} is bundle {bundle.manifest.bundle_id} now, and was {bundle_id}; it was replaced: open it anew "
+            "with from_pretrained"
+        )
+    return bundle
+
+
+def check_manifest(bundle: Bundle) -> None:
+    """Refuses a bundle whose manifest is not the one that was opened; raises BundleError."""
+    reopened = read_manifest(bundle.folder)
+    if reopened.bundle_id != bundle.manifest.bundle_id:
+        raise BundleError(f"{bundle.folder} was replaced since it was opened; open it again")
 
 
 def check_file(bundle: Bundle, path: str, stamps: Stamps | None = None) -> FileEntry:

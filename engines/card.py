@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import Any
 
+from t2v_rt.engines import forked
 from t2v_rt.engines.cuda import Cuda, DeviceBuffer
 from t2v_rt.engines.tensorrt_library import Library
 from t2v_rt.engines.user_cache import UserCache
@@ -49,6 +50,7 @@ class Card:
     """
 
     def __init__(self, library: Library) -> None:
+        forked.claim_gpu()
         self._library = library
         self.cuda = Cuda(library.backend)
         self.lock = threading.RLock()
@@ -56,6 +58,12 @@ class Card:
         self.runtime = library.trt.Runtime(self.log)
         self.runtime.engine_host_code_allowed = False
         self._workspace: DeviceBuffer | None = None
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the library's runtime to the parent; see `t2v_rt.engines.forked`."""
+        forked.abandon(self.runtime, self.log)
+        self.lock = threading.RLock()
 
     @property
     def identity(self) -> str:

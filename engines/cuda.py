@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines import forked
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 
 SUCCESS, OUT_OF_MEMORY, OLD_DRIVER, NO_DEVICE = 0, 2, 35, 100  # of cudaError_t
@@ -108,6 +109,11 @@ class Cuda:
         self.info = self._describe()
         self.stream = int(self._call(self._rt.cudaStreamCreateWithFlags, NON_BLOCKING))
         self._stream_end = weakref.finalize(self, self._rt.cudaStreamDestroy, self.stream)
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the stream to the parent; see `t2v_rt.engines.forked`."""
+        self._stream_end.detach()
 
     def _describe(self) -> DeviceInfo:
         properties = self._call(self._rt.cudaGetDeviceProperties, self._index)
@@ -192,7 +198,12 @@ class DeviceBuffer:
 
     def __init__(self, address: int, nbytes: int, free: Callable[[int], object]) -> None:
         self.address, self.nbytes = address, nbytes
-        weakref.finalize(self, free, address)
+        self._end = weakref.finalize(self, free, address)
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the memory to the parent; see `t2v_rt.engines.forked`."""
+        self._end.detach()
 
 
 class _PinnedMemory:
@@ -202,4 +213,9 @@ class _PinnedMemory:
         self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], free: Callable[[int], object]
     ) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}
-        weakref.finalize(self, free, address)
+        self._end = weakref.finalize(self, free, address)
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the memory to the parent; see `t2v_rt.engines.forked`."""
+        self._end.detach()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from t2v_rt.errors import CheckpointError
+from t2v_rt.numbers import as_integer
 
 T = TypeVar("T", int, float, bool, str, list[Any])
 
@@ -47,7 +48,8 @@ def option(
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    size = as_integer(value)
+    return size is not None and size >= 1
 
 
 def require(config: Mapping[str, Any], component: str, key: str, expected: object, default: object = "nothing") -> None:

@@ -16,6 +16,7 @@ from t2v_rt.export.wan_text_encoder import TextEncoderConfig, copy_embedding, wr
 from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
 from t2v_rt.export.wan_vae import VaeConfig, VaeDecoderGraph
 from t2v_rt.export.weights import WeightFile
+from t2v_rt.numbers import as_integer, as_number
 
 PIPELINE = "WanPipeline"
 TEXT_LENGTH = 512  # the pipeline's max_sequence_length; the denoiser was trained on text padded to it
@@ -125,12 +126,11 @@ def read_defaults(generation: Mapping[str, Any]) -> Defaults:
     """
     values: dict[str, Any] = {}
     for key, family_value in vars(DEFAULTS).items():
-        value = generation.get(key, family_value)
-        kind = type(family_value)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind or (kind is not str and not value > 0):
-            raise CheckpointError(f"generation_config.json: {key} is {value!r}; expected a positive {kind.__name__}")
+        given, kind = generation.get(key, family_value), type(family_value)
+        readers = {int: as_integer, float: as_number}
+        value: Any = readers[kind](given) if kind in readers else given
+        if not isinstance(value, kind) or (not isinstance(value, str) and value <= 0):
+            raise CheckpointError(f"generation_config.json: {key} is {given!r}; expected a positive {kind.__name__}")
         values[key] = value
     return Defaults(**values)
 

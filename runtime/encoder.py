@@ -10,11 +10,11 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines import forked
 from t2v_rt.engines.contract import Engine
 from t2v_rt.engines.manifest import ModelSpec
 from t2v_rt.errors import EngineError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.prompt_cache import PromptCache
 
@@ -28,7 +28,7 @@ class PromptEncoder:
     Args:
         model: constants of the model.
         tokenizer: of the bundle.
-        table: of the token embeddings.
+        rows: token ids int64 (L,) -> their embeddings float32 (1, L, D).
         open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done with
             when the next one is; called only when a text is not cached.
         kept: embeddings of earlier processes, or None.
@@ -38,18 +38,23 @@ class PromptEncoder:
         self,
         model: ModelSpec,
         tokenizer: PromptTokenizer,
-        table: EmbeddingTable,
+        rows: Callable[[NDArray[np.int64]], Array],
         open_engines: Callable[[], Generator[Engine, None, None]],
         kept: PromptCache | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._table = table
+        self._rows = rows
         self._open = open_engines
         self._kept = kept
         self._cache: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
         self._running = threading.Lock()
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Takes new locks, as threads that are not there may hold the old ones; see `t2v_rt.engines.forked`."""
+        self._lock, self._running = threading.Lock(), threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings as the reference pads them.
@@ -105,7 +110,7 @@ class PromptEncoder:
     def _infer(self, ids: Sequence[NDArray[np.int64]]) -> list[Array]:
         """Embeddings (L, D) of token ids (L,)."""
         model = self._model
-        hidden = [self._table.rows(tokens) for tokens in ids]
+        hidden = [self._rows(tokens) for tokens in ids]
         buckets = [
             wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
         ]

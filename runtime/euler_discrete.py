@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_number
 from t2v_rt.runtime.alpha_scheduler import BetaConfig
 from t2v_rt.runtime.blockwise import blockwise
 from t2v_rt.runtime.scheduler_base import Array, Draw, Generators, SchedulerOutput
@@ -118,10 +119,13 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
             s_tmax: largest one.
             s_noise: standard deviation of the added noise.
         """
+        dials: list[float] = []
         for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_tmax", s_tmax), ("s_noise", s_noise)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            dial = math.inf if name == "s_tmax" and value == math.inf else as_number(value)  # no limit, the default
+            if dial is None or dial < 0:
                 raise RequestError(f"{name} is {value!r}; expected a number of 0 or more")
-        advance = partial(self._churned, s_churn, s_tmin, s_tmax, s_noise)
+            dials.append(dial)
+        advance = partial(self._churned, dials[0], dials[1], dials[2], dials[3])
         return self._make_step(advance, model_output, timestep, sample, generator, eta, variance_noise)
 
     def _churned(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_flag, as_integer, as_number
 
 Array = NDArray[np.float32]
 NORM_FLOOR = 1e-8  # added to a squared norm so that a prediction of zeros does not divide by zero; as in the reference
@@ -42,20 +42,24 @@ class Guidance:
     zero_init_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not is_number(self.scale) or self.scale < 0:
+        scale, rescale = as_number(self.scale), as_number(self.rescale)
+        if scale is None or scale < 0:
             raise RequestError(
                 f"guidance_scale is {self.scale!r}; expected a finite number of 0 or more (1 turns guidance off)"
             )
-        if not is_number(self.rescale) or not 0 <= self.rescale <= 1:
+        if rescale is None or not 0 <= rescale <= 1:
             raise RequestError(f"guidance_rescale is {self.rescale!r}; expected a number from 0 to 1 (0 turns it off)")
-        object.__setattr__(self, "interval", _checked_interval(self.interval))
-        if not isinstance(self.cfg_zero_star, bool):
+        star, steps = as_flag(self.cfg_zero_star), as_integer(self.zero_init_steps)
+        if star is None:
             raise RequestError(f"cfg_zero_star is {self.cfg_zero_star!r}; expected True or False")
-        steps = self.zero_init_steps
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
-            raise RequestError(f"zero_init_steps is {steps!r}; expected an integer of 0 or more")
-        if steps and not self.cfg_zero_star:
+        if steps is None or steps < 0:
+            raise RequestError(f"zero_init_steps is {self.zero_init_steps!r}; expected an integer of 0 or more")
+        if steps and not star:
             raise RequestError(f"zero_init_steps is {steps} but cfg_zero_star is off; turn it on, or leave it out")
+        interval = _checked_interval(self.interval)
+        checked = {"scale": scale, "rescale": rescale, "interval": interval, "cfg_zero_star": star}
+        for name, value in {**checked, "zero_init_steps": steps}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def needs_negative(self) -> bool:
@@ -95,11 +99,11 @@ class Guidance:
     def settings(self) -> dict[str, Any]:
         """As plain JSON values, under the names that the pipeline's call has for them."""
         return {
-            "guidance_scale": float(self.scale),
-            "guidance_rescale": float(self.rescale),
+            "guidance_scale": self.scale,
+            "guidance_rescale": self.rescale,
             "guidance_interval": list(self.interval),
             "cfg_zero_star": self.cfg_zero_star,
-            "zero_init_steps": int(self.zero_init_steps),
+            "zero_init_steps": self.zero_init_steps,
         }
 
 
@@ -148,18 +152,12 @@ def rescaled(guided: Array, conditional: Array, rescale: float) -> Array:
     return result
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
-        return False
-    return bool(-sys.float_info.max <= value <= sys.float_info.max)  # safe for integers beyond any float
-
-
 def _checked_interval(interval: object) -> tuple[float, float]:
-    pair = tuple(interval) if isinstance(interval, (tuple, list)) else ()
-    if len(pair) != 2 or not all(is_number(item) for item in pair) or not 0 <= pair[0] < pair[1] <= 1:
+    given = interval if isinstance(interval, (tuple, list)) else ()
+    pair = [number for item in given if (number := as_number(item)) is not None]
+    if not len(given) == len(pair) == 2 or not 0 <= pair[0] < pair[1] <= 1:
         raise RequestError(
             f"guidance_interval is {interval!r}; expected (start, stop), fractions of the steps with "
             "0 <= start < stop <= 1"
         )
-    return float(pair[0]), float(pair[1])
+    return pair[0], pair[1]

@@ -20,6 +20,7 @@ from t2v_rt.engines.plans import check_profiles
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.denoiser import one_batch_is_faster
+from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory_plan import MemoryPlan, advise, largest_fitting, on_card, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
@@ -35,11 +36,14 @@ Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
-class TextToVideoPipeline:
+class TextToVideoPipeline(DiffusersHabits):
     """Prompt in, frames out; made by `from_pretrained`.
 
     Engines are loaded at their first use and kept, unless `vram_budget` is too small for all at once. Calls from
     several threads do not mix: a call works on its own copy of `scheduler` and its own engine state.
+
+    A pickled or deeply copied pipeline opens its bundle again and loads engines of its own; `copy.copy` gives one that
+    shares the engines and has a scheduler of its own. A forked process loads its own engines at its first call.
 
     Args:
         bundle: the opened bundle.
@@ -63,7 +67,8 @@ class TextToVideoPipeline:
         self.bundle = bundle
         self.provider = provider
         manifest = bundle.manifest
-        self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
+        self._scheduler = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
+        self._options = (backend, vram_budget, provider, vae_tiles, prompt_cache)
         self.vram_budget = backend.memory_bytes if vram_budget is None else vram_budget
         self.stages = Stages(bundle, backend, self.vram_budget, vae_tiles, prompt_cache)
 
@@ -111,6 +116,28 @@ class TextToVideoPipeline:
     def manifest(self) -> Manifest:
         """What the bundle declares."""
         return self.bundle.manifest
+
+    @property
+    def scheduler(self) -> Scheduler[Any]:
+        """The sampler; a call works on a copy of it. Setting one that is not of t2v-rt raises RequestError."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler[Any]) -> None:
+        if not isinstance(scheduler, Scheduler):
+            raise scheduler_refusal(scheduler)
+        self._scheduler = scheduler
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.bundle, *self._options), {"scheduler": self.scheduler}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.scheduler = state["scheduler"]
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _scheduler=self.scheduler.copy())
+        return twin
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -325,12 +352,12 @@ class TextToVideoPipeline:
     # -- stages on their own -----------------------------------------------------------------------------------------
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
-        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
-        return self.stages.encode_prompt(texts)
+        """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
+        return self.stages.encode_prompt([texts] if isinstance(texts, str) else texts)
 
     def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
         """Decodes one video's latents; see `Stages.decode`."""
-        return self.stages.decode(latents, progress)
+        return self.stages.decode(check_latents(self.manifest.model, latents), progress)
 
     def preview(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """A quick look at latents, for `callback_on_step_end`; see `t2v_rt.runtime.preview`.

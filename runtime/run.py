@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines import platform
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import RequestError, type_of
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled, check_event
 from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.diffusers_habits import advice
 from t2v_rt.runtime.encoder import check_finite
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
@@ -193,7 +194,7 @@ def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict
         raise RequestError(f"the step callback returned a {type(returned).__name__}; expected a dict, or None")
     changed = dict(tensors)
     for name, value in (returned or {}).items():
-        old, array = tensors.get(name), np.asarray(value)
+        old, array = tensors.get(name), _as_array(name, value)
         if old is None or array.shape != old.shape or array.dtype.kind not in "fiu":
             raise RequestError(
                 f"the step callback returned {name!r} of shape {list(array.shape)} and dtype {array.dtype}; expected "
@@ -205,6 +206,16 @@ def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict
         if not np.all(np.isfinite(changed[name])):  # type: ignore[arg-type]
             raise RequestError(f"the step callback left {name!r} with values that are not finite; return finite ones")
     return changed
+
+
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    """What a callback returned for a tensor; raises RequestError where NumPy cannot take it, as of a GPU's memory."""
+    try:
+        return np.asarray(value)
+    except Exception as exc:  # the other library's own
+        raise RequestError(
+            f"the step callback returned {name!r} of type {type_of(value)}; expected a NumPy array{advice(name, value)}"
+        ) from exc
 
 
 class FrameStream(Iterator[NDArray[Any]]):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_integer, as_number
 from t2v_rt.runtime.noise import Generator, randn_for
 from t2v_rt.runtime.scheduler_config import SchedulerConfig
 
@@ -151,17 +152,18 @@ class Scheduler(Generic[C]):
         if sigmas is not None and timesteps is not None:
             raise RequestError("sigmas and timesteps were both given; give one of them")
         given = timesteps if sigmas is None else sigmas
-        if mu is not None and (isinstance(mu, bool) or not isinstance(mu, (int, float)) or not math.isfinite(mu)):
+        shift = as_number(mu)
+        if mu is not None and shift is None:
             raise RequestError(f"mu is {mu!r}; expected a finite number")
         if given is None:
-            self._schedule(check_steps(num_inference_steps), None, None, mu)
+            self._schedule(check_steps(num_inference_steps), None, None, shift)
         else:
             if num_inference_steps is not None and num_inference_steps != len(given):
                 raise RequestError(
                     f"{len(given)} {'timesteps' if sigmas is None else 'sigmas'} and num_inference_steps "
                     f"{num_inference_steps} were given; give one of them"
                 )
-            self._schedule(0, sigmas, timesteps, mu)
+            self._schedule(0, sigmas, timesteps, shift)
         self._start()
         self._rehearse()
         self._start()
@@ -231,9 +233,10 @@ class Scheduler(Generic[C]):
             raise RequestError(
                 f"model_output has shape {list(m.shape)}, sample {list(x.shape)}; expected the same shape"
             )
-        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0.0 <= eta <= 1.0:
+        amount = as_number(eta)
+        if amount is None or not 0.0 <= amount <= 1.0:
             raise RequestError(f"eta is {eta!r}; expected a number from 0 to 1")
-        if eta and not self.takes_eta:
+        if amount and not self.takes_eta:
             raise RequestError(f"{type(self).__name__} has no eta; leave it at 0")
         noise = None if variance_noise is None else self._checked("variance_noise", variance_noise)
         if noise is not None and (generator is not None or noise.shape != x.shape):
@@ -241,7 +244,7 @@ class Scheduler(Generic[C]):
                 "variance_noise stands instead of a generator and has the sample's shape; give one of them"
             )
         with np.errstate(all="ignore"):  # logarithms of 0 and their like are meant: a last sigma is 0
-            result = advance(i, m, x, lambda: randn_for(x.shape, generator) if noise is None else noise, eta)
+            result = advance(i, m, x, lambda: randn_for(x.shape, generator) if noise is None else noise, amount)
             suspicious = not math.isfinite(float(np.sum(result)))  # far cheaper than a mask, but can overflow
         if suspicious:
             _check_finite(sample=x, model_output=m, result=result)
@@ -343,7 +346,7 @@ def _check_finite(**arrays: Float32) -> None:
 
 def check_steps(num_inference_steps: int | None) -> int:
     """Returns the number of steps; raises RequestError where it is none, or not an integer of 1 or more."""
-    valid = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
-    if not valid or not 1 <= int(num_inference_steps or 0) <= MAX_STEPS:
+    steps = as_integer(num_inference_steps)
+    if steps is None or not 1 <= steps <= MAX_STEPS:
         raise RequestError(f"num_inference_steps is {num_inference_steps!r}; expected an integer from 1 to {MAX_STEPS}")
-    return int(num_inference_steps or 0)
+    return steps

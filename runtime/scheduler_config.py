@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
@@ -11,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_flag, as_integer, as_number
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,22 @@ class SchedulerConfig(Mapping[str, Any]):
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value, where it is of an annotated kind: an integer counts as a float, lists and arrays become tuples."""
+    """The value, where it is of an annotated kind: an integer counts as a float, lists and arrays become tuples.
+
+    NumPy's scalars become Python's.
+    """
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    value = value.item() if isinstance(value, np.generic) else value
+    readers = {float: as_number, int: as_integer, bool: as_flag}
     for kind in kinds:
         if get_origin(kind) is Literal:
             if isinstance(value, str) and value in get_args(kind):
                 return value
         elif get_origin(kind) is tuple:
-            if isinstance(value, (list, tuple, np.ndarray)):
+            if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
                 return tuple(_checked(f"an item of {name}", item, get_args(kind)[0]) for item in value)
-        elif kind is float:
-            if type(value) in (int, float) and math.isfinite(value):
-                return float(value)
+        elif kind in readers:
+            if (read := readers[kind](value)) is not None:
+                return read
         elif type(value) is kind:
             return value
     raise RequestError(f"{name} is {value!r}; expected {' or '.join(_words(kind) for kind in kinds)}")

@@ -7,13 +7,13 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
+from t2v_rt.engines import forked, platform
 from t2v_rt.engines.backends import Backend, load_parts
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component, Engine
@@ -33,6 +33,7 @@ from t2v_rt.runtime.tiles import Grid
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
+TOKENIZER = "tokenizer/tokenizer.json"
 
 
 def encoder_files(manifest: Manifest) -> str:
@@ -77,14 +78,21 @@ class Stages:
         self._keep = budget is None  # these two until a request's plan says more
         weights = sum(spec.weights_bytes for spec in components.values())
         self._stream = not self._keep or (self._room is not None and weights > self._room)
-        self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
+        with bundle.held((TOKENIZER,)):
+            self.tokenizer = PromptTokenizer(bundle.folder / TOKENIZER, model.text_length)
         self._encoder: PromptEncoder | None = None
         if "text_encoder" in components:
             embedding = components["text_encoder"].embedding
             assert embedding is not None
             table = EmbeddingTable(bundle.folder, embedding)
             kept = PromptCache(f"{encoder_files(self.manifest)}\n{backend.identity}") if prompt_cache else None
-            self._encoder = PromptEncoder(model, self.tokenizer, table, self._text_engines, kept)
+            rows = partial(self._embed, table, embedding.path)
+            self._encoder = PromptEncoder(model, self.tokenizer, rows, self._text_engines, kept)
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the engines to the parent; the next use loads them again. See `t2v_rt.engines.forked`."""
+        self._components, self._users, self._lock = {}, Counter(), threading.Lock()
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls.
@@ -100,14 +108,20 @@ class Stages:
             )
         return self._encoder.encode(texts)
 
+    def _embed(self, table: EmbeddingTable, path: str, ids: NDArray[np.int64]) -> Array:
+        """Token embeddings, out of the file that was opened."""
+        with self.bundle.held((path,)):
+            return table.rows(ids)
+
     def _text_engines(self) -> Generator[Engine, None, None]:
         """The text encoder's engines in the order they run, all of them loaded or one at a time, as the plan says."""
         name = "text_encoder"
         if self._stream and name not in self._components:
             parts = partial(load_parts, self._backend, self.bundle.folder, name, self.manifest.components[name])
-            prove(self.bundle, name, parts, self._backend.device)
-            for component in parts():
-                yield from component.engines.values()
+            with self.bundle.held(self.bundle.component_files(name)):
+                prove(self.bundle, name, parts, self._backend.device)
+                for component in parts():
+                    yield from component.engines.values()
         else:
             with self.stage(name) as component:
                 yield from component.engines.values()
@@ -203,26 +217,33 @@ class Stages:
         """A component's engines, loaded at the first use, and tested at the first on this device."""
         with self._lock:
             if name not in self._components:
-                component = self._backend.load(self.bundle.folder, name, self.manifest.components[name])
-                try:
-                    prove(self.bundle, name, lambda: [component], self._backend.device)
-                except BaseException:
-                    component.close()
-                    raise
-                self._components[name] = component
+                self._components[name] = self._load(name)
             return self._components[name]
+
+    def _load(self, name: str) -> Component:
+        """Loads a component from the files that were opened, and tests it."""
+        with ExitStack() as undo:
+            with self.bundle.held(self.bundle.component_files(name)):
+                component = self._backend.load(self.bundle.folder, name, self.manifest.components[name])
+                undo.callback(component.close)
+                prove(self.bundle, name, lambda: [component], self._backend.device)
+            undo.pop_all()
+        return component
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Component]:
         """A component for one stage; released afterwards, also after an error, where not all fit the budget."""
-        component = self.component(name)
+        component, files = self.component(name), self.bundle.component_files(name)
         with self._lock:
-            self._users[name] += 1
+            users = self._users  # a child that is forked in the block counts anew
+            users[name] += 1
         try:
+            self.bundle.check_loaded(files)
             yield component
+            self.bundle.check_loaded(files)
         finally:
             with self._lock:
-                self._users[name] -= 1
+                users[name] -= 1
             if not self._keep:
                 self.release(name)
 

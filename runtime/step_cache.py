@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.guidance import is_number
+from t2v_rt.numbers import as_number
 
 Array = NDArray[np.float32]
 # The layout of a video is decided early, where d moves most: the paper computes 10 of Wan's 50 first steps.
@@ -97,9 +97,10 @@ def check_threshold(value: float | None) -> float:
     """Returns the threshold, 0 for None; raises RequestError where it is no finite number of 0 or more."""
     if value is None:
         return 0.0
-    if not is_number(value) or value < 0:
+    threshold = as_number(value)
+    if threshold is None or threshold < 0:
         raise RequestError(f"step_cache is {value!r}; expected a finite number of 0 or more (0 is off, 0.05 a start)")
-    return float(value)
+    return threshold
 
 
 def _norm(array: Array) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from t2v_rt.engines.manifest import TileSpec
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_integer
 
 Grid = tuple[int, int]  # tiles from top to bottom, and from left to right
 WHOLE: Grid = (1, 1)
@@ -95,12 +96,11 @@ def parse_grid(text: str | Sequence[int]) -> Grid:
     """
     if isinstance(text, str):
         match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", text)
-        pair: tuple[object, ...] = (int(match[1]), int(match[2])) if match else ()
+        given: tuple[object, ...] = match.groups() if match else ()
+        pair = [int(item) for item in match.groups()] if match else []
     else:
-        pair = tuple(text) if isinstance(text, (tuple, list)) else ()
-    if len(pair) != 2 or not all(type(item) is int and item >= 1 for item in pair):
+        given = tuple(text) if isinstance(text, (tuple, list)) else ()
+        pair = [size for item in given if (size := as_integer(item)) is not None]
+    if not len(given) == len(pair) == 2 or min(pair) < 1:
         raise RequestError(f"vae_tiles is {text!r}; expected rows x columns, such as 2x3")
-    rows, columns = pair
-    assert isinstance(rows, int)
-    assert isinstance(columns, int)
-    return rows, columns
+    return pair[0], pair[1]

@@ -125,9 +125,9 @@ def _verdict(why: str = "", todo: str = "") -> dict[str, Any]:
 
 
 def _onnxruntime(provider: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
-    import onnxruntime
+    from t2v_rt.engines.onnx_runtime import ort
 
-    if provider not in onnxruntime.get_available_providers():
+    if provider not in ort.get_available_providers():
         return _verdict(f"this ONNX Runtime has no {provider}", "install t2v-rt[cuda] on a machine with a GPU")
     if provider != "CPUExecutionProvider" and not gpus:
         return _verdict(gpu_problem, "use it on a machine with an NVIDIA GPU and driver")

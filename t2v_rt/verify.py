@@ -40,8 +40,9 @@ def verify(
     engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
     verdicts = []
     for name, spec in manifest.components.items():
-        parts = load_parts(engines, bundle.folder, name, spec)
-        verdicts.append(self_test.check(name, parts, manifest, bundle.folder))
+        with bundle.held(bundle.component_files(name)):
+            parts = load_parts(engines, bundle.folder, name, spec)
+            verdicts.append(self_test.check(name, parts, manifest, bundle.folder))
     return {
         "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,

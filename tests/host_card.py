@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.engines.plans import PlanSpec
 
 SUCCESS, OUT_OF_MEMORY, INVALID = 0, 2, 1

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.graph import Form, Precision

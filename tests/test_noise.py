@@ -100,8 +100,8 @@ def test_one_generator_draws_the_whole_batch_in_one_go() -> None:
         ([], "0 generators were given for 3 videos; give one, or one for each"),
         ([Generator(0), Generator(1)], "2 generators were given for 3 videos"),
         ([Generator(0), None, Generator(1)], "NoneType; expected t2v_rt.runtime.noise.Generator"),
-        (7, "builtins.int; expected"),
-        ("abc", "builtins.str; expected"),
+        (7, "type int; expected"),
+        ("abc", "type str; expected"),
     ],
 )
 def test_bad_generators(generators: Any, message: str) -> None:

@@ -270,7 +270,7 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe: TextToVideoPipeline, caplog: 
         ({"prompt": "a", "guidance_scale": "5"}, "guidance_scale"),
         ({"prompt": "a", "output_type": "gif"}, "output_type"),
         ({"prompt": "a", "seed": [1, 2]}, "2 seeds"),
-        ({"prompt": "a", "generator": "x"}, "generator is a str"),
+        ({"prompt": "a", "generator": "x"}, "generator is of type str"),
         ({"prompt": "a", "latents": np.full((1, 4, 2, 4, 6), np.nan, np.float32)}, "not finite"),
         ({"prompt": "a", "latents": np.full((1, 4, 2, 4, 6), 1e300)}, "not finite"),
         ({"prompt": "a", "latents": np.zeros((1, 5, 2, 4, 6), np.float32)}, "channels"),

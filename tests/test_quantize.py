@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from t2v_rt import RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
+from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.export.quantize import BLOCK, Nodes, Quantization
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
