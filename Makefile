@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_PROMPT ?= a red ball bouncing on a blue background
 TORCH := torch==2.13.0
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 $(VENV)/runtime: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,10 @@ $(VENV)/dev: $(VENV)/runtime
 	-$(BIN)/pip install --quiet --editable ".[tensorrt-rtx]"  # where there is none, its tests skip
 	touch $@
 
+$(VENV)/docs: $(VENV)/runtime
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 demo: $(VENV)/runtime
 	mkdir -p build
 	$(BIN)/t2v-rt build-engines demo/bouncing-shapes --output build/demo
@@ -26,10 +30,15 @@ demo: $(VENV)/runtime
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
-check: $(VENV)/dev
+check: $(VENV)/dev $(VENV)/docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples docs
+	$(BIN)/typos
+
+docs: $(VENV)/docs  # the API reference from docstrings, build/docs/index.html
+	$(BIN)/python -W error docs/api.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -26,6 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from t2v_rt.errors import RequestError
 
+__all__ = ["Generator", "check_seed", "randn_for"]
 BLOCK = 16  # torch transforms uniforms in blocks of 16: eight radii, then eight angles
 CHUNK = 1 << 14  # values per pass, small enough for the cache
 MAX_VALUES = 1 << 40  # of one draw; 4 TiB of float32, so a larger one is a mistake
