@@ -27,6 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from t2v_rt.errors import RequestError, type_of
 from t2v_rt.numbers import as_integer
 
+__all__ = ["Generator", "check_seed", "randn_for"]
 BLOCK = 16  # torch transforms uniforms in blocks of 16: eight radii, then eight angles
 CHUNK = 1 << 14  # values per pass, small enough for the cache
 MAX_VALUES = 1 << 40  # of one draw; 4 TiB of float32, so a larger one is a mistake
