@@ -52,7 +52,7 @@ def compare(pipe: TextToVideoPipeline, videos: int, latent: Sequence[int], round
     """Medians of both ways for one size, and how far their results are apart."""
     model = pipe.manifest.model
     prompts = Prompts(pipe.encode_prompt([PROMPT] * videos), pipe.encode_prompt([NEGATIVE] * videos))
-    component = pipe.stages.component("transformer")
+    component = pipe.stages.components.get("transformer")
     sample = Generator(0).randn((videos, model.latent_channels, *latent))
     calls, batch = (Denoiser(component, prompts, together) for together in (False, True))
     results = [way.predict(sample, TIMESTEP, 2) for way in (calls, batch)]  # warms up, too

@@ -54,9 +54,10 @@ def networks(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     embeds[:, :TOKENS] = noise.randn((1, TOKENS, model.text_dim))
     expected = _reference_prediction(checkpoint, latents, embeds)
     gc.collect()
-    with pipe.stages.stage("transformer") as component:
-        (found,) = Denoiser(component, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
-    pipe.stages.release("transformer")
+    component = pipe.stages.components.get("transformer")
+    (found,) = Denoiser(component, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+    del component
+    pipe.stages.components.release("transformer")
     denormalized = wan.denormalize(model, latents[:, :, :2])
     frames = _reference_frames(checkpoint, denormalized)
     chunks = [chunk.transpose(0, 3, 1, 2) * 2 - 1 for chunk in pipe.decode(latents[:, :, :2])]
@@ -113,7 +114,7 @@ def tell_opening(bundle: str) -> None:
     seconds = []
     for _ in range(1 + CALLS):
         start = time.perf_counter()
-        Denoiser(pipe.stages.component("transformer"), Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+        Denoiser(pipe.stages.components.get("transformer"), Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
         seconds.append(time.perf_counter() - start)
     steady = statistics.median(seconds[1:])
     report = {

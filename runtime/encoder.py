@@ -19,6 +19,7 @@ from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.prompt_cache import PromptCache
 
 Array = NDArray[np.float32]
+OpenEngines = Callable[[], Generator[Engine, None, None]]
 CACHED_TEXTS = 64  # the embeddings of 64 prompts of 512 tokens at Wan's width are 0.5 GB; most are 20 times shorter
 
 
@@ -29,8 +30,6 @@ class PromptEncoder:
         model: constants of the model.
         tokenizer: of the bundle.
         table: of the token embeddings.
-        open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done with
-            when the next one is; called only when a text is not cached.
         kept: embeddings of earlier processes, or None.
     """
 
@@ -39,23 +38,23 @@ class PromptEncoder:
         model: ModelSpec,
         tokenizer: PromptTokenizer,
         table: EmbeddingTable,
-        open_engines: Callable[[], Generator[Engine, None, None]],
         kept: PromptCache | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._table = table
-        self._open = open_engines
         self._kept = kept
         self._cache: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
         self._running = threading.Lock()
 
-    def encode(self, texts: Sequence[str]) -> Array:
+    def encode(self, texts: Sequence[str], open_engines: OpenEngines) -> Array:
         """Prompt embeddings as the reference pads them.
 
         Args:
             texts: the prompts; those that are new run through each engine together, while it is loaded.
+            open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done
+                with when the next one is; called only when a text is not remembered.
 
         Returns:
             float32 (B, text_length, D): each prompt's rows, then zeros.
@@ -68,7 +67,7 @@ class PromptEncoder:
         if len(found) < len(set(texts)):
             with self._running:  # two threads would load everything twice
                 found = self._cached(texts)
-                found |= self._run([text for text in dict.fromkeys(texts) if text not in found])
+                found |= self._run([text for text in dict.fromkeys(texts) if text not in found], open_engines)
         result = np.zeros((len(texts), self._model.text_length, self._model.text_dim), np.float32)
         for row, text in zip(result, texts, strict=True):
             row[: len(found[text])] = found[text]
@@ -82,7 +81,7 @@ class PromptEncoder:
                 self._cache.move_to_end(text)
         return found
 
-    def _run(self, texts: Sequence[str]) -> dict[str, Array]:
+    def _run(self, texts: Sequence[str], open_engines: OpenEngines) -> dict[str, Array]:
         """Embeddings (L, D) of texts, each at its own length L; remembered."""
         ids = {text: self._tokenizer.encode(text) for text in texts}
         found = {}
@@ -91,7 +90,7 @@ class PromptEncoder:
             if rows is not None:
                 found[text] = rows
         new = {text: ids[text] for text in texts if text not in found}
-        made = dict(zip(new, self._infer(list(new.values())), strict=True)) if new else {}
+        made = dict(zip(new, self._infer(list(new.values()), open_engines), strict=True)) if new else {}
         for text, rows in made.items():
             if self._kept is not None:
                 self._kept.put(ids[text], rows)
@@ -102,14 +101,14 @@ class PromptEncoder:
                 self._cache.popitem(last=False)
         return found
 
-    def _infer(self, ids: Sequence[NDArray[np.int64]]) -> list[Array]:
+    def _infer(self, ids: Sequence[NDArray[np.int64]], open_engines: OpenEngines) -> list[Array]:
         """Embeddings (L, D) of token ids (L,)."""
         model = self._model
         hidden = [self._table.rows(tokens) for tokens in ids]
         buckets = [
             wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
         ]
-        with closing(self._open()) as engines:
+        with closing(open_engines()) as engines:
             for engine in engines:
                 for i, (states, relative) in enumerate(zip(hidden, buckets, strict=True)):
                     (hidden[i],) = engine.infer({"hidden_states": states, "relative_buckets": relative}).values()

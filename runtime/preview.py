@@ -8,12 +8,14 @@ is looked at. So the map is fitted by least squares to the thumbnail of the very
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.memory_plan import make_plan
 from t2v_rt.runtime.stages import Stages
 from t2v_rt.runtime.tiles import WHOLE
 
@@ -47,7 +49,9 @@ def _preview_video(stages: Stages, video: Array) -> Array:
     # the VAE has never seen latents of the little contrast that averages have
     small = with_contrast_of(video, means)
     size = stages.manifest.model.spatial_factor
-    chunks = [chunk.mean(0)[None].transpose(3, 0, 1, 2) for chunk in stages.decode(small[None], grid=WHOLE)]
+    # what keeps components loaded is the plan of the run that is looked at, not this one
+    plan = replace(make_plan(stages.manifest, (1, *small.shape), grid=WHOLE), resident=False)
+    chunks = [chunk.mean(0)[None].transpose(3, 0, 1, 2) for chunk in stages.decode(small[None], plan)]
     colours = shrunk(np.concatenate(chunks, axis=1), size)
     detail = video - enlarged(means, factor, height, width)
     slopes = fitted_slopes(small, colours)

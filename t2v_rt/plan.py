@@ -11,7 +11,8 @@ from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime import wan
-from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan, parse_bytes, to_json
+from t2v_rt.runtime.memory_advice import advise, largest_fitting
+from t2v_rt.runtime.memory_plan import make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
 from t2v_rt.runtime.tiles import parse_grid
 

@@ -20,7 +20,8 @@ from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
 from t2v_rt.runtime import self_test
 from t2v_rt.runtime import wan as runtime_wan
-from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan
+from t2v_rt.runtime.memory_advice import advise, largest_fitting
+from t2v_rt.runtime.memory_plan import make_plan
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
 

@@ -204,7 +204,9 @@ def test_two_calls_where_one_batch_does_not_fit(narrow: Tiny) -> None:
     # 484 tokens, so narrow that denoising takes more memory than decoding
     size: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 481, "num_inference_steps": 1}
     assert pipe.stream("a red ball", **size).settings["guidance_batch"] is True
-    pipe.vram_budget = 4_000_000  # the estimate is 3.1 MB for two calls, 5.9 MB for one batch
+    pipe = TextToVideoPipeline.from_pretrained(
+        narrow.bundle, vram_budget=4_000_000
+    )  # the estimate is 3.1 MB for two calls, 5.9 MB for one batch
     assert pipe.stream("a red ball", **size).settings["guidance_batch"] is False
     with pytest.raises(RequestError, match="in denoise, the budget"):
         pipe.stream("a red ball", guidance_batch=True, **size)

@@ -29,7 +29,6 @@ from t2v_rt.export.weights import to_bfloat16
 from t2v_rt.plan import plan
 from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.memory_plan import parse_bytes
-from t2v_rt.runtime.stages import Stages
 from t2v_rt.runtime.wan import relative_buckets
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
@@ -105,7 +104,7 @@ def test_each_group_is_an_engine_with_its_own_weights(tiny: Tiny, sharded: Bundl
 
 @pytest.mark.parametrize("budget", [None, 1])
 def test_embeddings_are_those_of_transformers(tiny: Tiny, sharded: Bundle, budget: int | None) -> None:
-    stages = Stages(sharded, get_backend("onnxruntime"), budget)
+    stages = TextToVideoPipeline(sharded, get_backend("onnxruntime"), budget)
     found = stages.encode_prompt(PROMPTS)
     for text, embeds in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
@@ -116,7 +115,7 @@ def test_embeddings_are_those_of_transformers(tiny: Tiny, sharded: Bundle, budge
 def test_all_texts_pass_while_an_engine_is_loaded(sharded: Bundle) -> None:
     roles = list(sharded.manifest.components["text_encoder"].graphs)
     watched = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, watched, budget=1)
+    stages = TextToVideoPipeline(sharded, watched, 1)
     stages.encode_prompt(PROMPTS)
     assert (watched.names, watched.most, watched.loaded) == (roles, 1, [])
     stages.encode_prompt(PROMPTS[:2])  # remembered
@@ -124,7 +123,7 @@ def test_all_texts_pass_while_an_engine_is_loaded(sharded: Bundle) -> None:
     stages.encode_prompt(["another", *PROMPTS])
     assert (watched.names, watched.most, watched.loaded) == (roles * 2, 1, [])
     resident = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, resident)
+    stages = TextToVideoPipeline(sharded, resident)
     stages.encode_prompt(PROMPTS)
     stages.encode_prompt(["another"])
     assert resident.names == ["+".join(roles)]
@@ -145,7 +144,7 @@ def test_a_call_encodes_both_prompts_together(sharded: Bundle) -> None:
 
 def test_an_engine_that_fails_is_released(sharded: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, watched, budget=1)
+    stages = TextToVideoPipeline(sharded, watched, 1)
     monkeypatch.setattr("t2v_rt.engines.contract.Engine.infer", _fail)
     with pytest.raises(EngineError, match="broken"):
         stages.encode_prompt(PROMPTS)

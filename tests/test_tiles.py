@@ -25,7 +25,7 @@ SPEC = TileSpec(scale=4, upscale=2, halo=7)
 
 def decoded(pipe: TextToVideoPipeline, grid: tuple[int, int]) -> np.ndarray:
     latents = Generator(1).randn((1, pipe.manifest.model.latent_channels, 3, HEIGHT, WIDTH))
-    return np.concatenate(list(pipe.stages.decode(latents, grid=grid)))
+    return np.concatenate(list(pipe.stages.frames(pipe.stages.components.get("vae_decoder"), latents, (grid, False))))
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (3, 2), (4, 3)])
@@ -38,7 +38,7 @@ def test_the_halo_is_as_wide_as_what_the_tail_sees(narrow: Tiny) -> None:
     """One feature less on each side, and the cuts show."""
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle)
     whole = decoded(pipe, (1, 1))
-    component = pipe.stages.component("vae_decoder")
+    component = pipe.stages.components.get("vae_decoder")
     spec = component.spec.tiles
     assert spec is not None
     component.spec = type(component.spec)(
@@ -108,7 +108,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
             raise OutOfMemoryError("no room")  # in the second latent frame: the first is out already
         return infer(engine, feeds, state)
 
-    vae = pipe.stages.component("vae_decoder")
+    vae = pipe.stages.components.get("vae_decoder")
     spec = vae.spec.tiles
     assert spec is not None
     fed = (spec.fed_length(length * spec.scale, 2) for length in (HEIGHT, WIDTH))
@@ -122,7 +122,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
         "no room; decoding again in 1x2 tiles", "no room; decoding again in 2x2 tiles"
     ]  # fmt: skip
     with pytest.raises(OutOfMemoryError, match="no room"):
-        list(pipe.stages.decode(latents, grid=(1, 1)))
+        list(pipe.stages.decode(latents, make_plan(pipe.manifest, latents.shape, grid=(1, 1))))
 
 
 def test_more_tiles_than_features_are_refused(narrow: Tiny) -> None:

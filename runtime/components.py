@@ -1,0 +1,123 @@
+"""A bundle's components in memory: loaded when a stage needs them, kept for as long as a running plan keeps them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+from t2v_rt.engines.backends import Backend, load_parts
+from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.contract import Component, Engine
+from t2v_rt.runtime.first_use import prove
+from t2v_rt.runtime.memory_plan import MemoryPlan
+
+
+class Components:
+    """The loaded components of an opened bundle; safe to share between threads.
+
+    What a run keeps loaded is for its own plan to say, for as long as it is on its way: where its plan releases each
+    stage, a component goes when that stage ends, unless another stage uses it or another running plan keeps it.
+
+    Args:
+        bundle: the opened bundle.
+        backend: loads its engines.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self._backend = backend
+        self._loaded: dict[str, Component] = {}
+        self._users: Counter[str] = Counter()  # stages that are using a component now
+        self._keepers = 0  # runs on their way whose plans keep what is loaded
+        self._lock = threading.RLock()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the components that are loaded now."""
+        return tuple(self._loaded)
+
+    @contextmanager
+    def following(self, plan: MemoryPlan) -> Iterator[None]:
+        """Keeps what is loaded while a run with such a plan is on its way, where the plan says so."""
+        with self._lock:
+            self._keepers += plan.resident
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keepers -= plan.resident
+
+    def get(self, name: str) -> Component:
+        """A component's engines, loaded at the first use, and tested at the first on this device."""
+        with self._lock:
+            if name not in self._loaded:
+                component = self._backend.load(self.bundle.folder, name, self.bundle.manifest.components[name])
+                try:
+                    prove(self.bundle, name, lambda: [component], self._backend.device)
+                except BaseException:
+                    component.close()
+                    raise
+                self._loaded[name] = component
+            return self._loaded[name]
+
+    @contextmanager
+    def stage(self, name: str, plan: MemoryPlan) -> Iterator[Component]:
+        """A component for one stage of a run.
+
+        Args:
+            name: of the component.
+            plan: of the run. Where it keeps nothing loaded, what nobody uses is released before the stage, and the
+                component after it, also after an error.
+        """
+        if not plan.resident:
+            self.release_idle(but=name)
+        with self._lock:  # which nobody can release between its loading and its use
+            component = self.get(name)
+            self._users[name] += 1
+        try:
+            yield component
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+            if not plan.resident:
+                self.release_idle()
+
+    def engines(self, name: str, plan: MemoryPlan) -> Generator[Engine, None, None]:
+        """A component's engines in the order they run, all of them loaded or, where a plan streams them, one by one."""
+        if plan.streamed and name not in self._loaded:
+            if not plan.resident:
+                self.release_idle()
+            spec = self.bundle.manifest.components[name]
+            prove(
+                self.bundle,
+                name,
+                lambda: load_parts(self._backend, self.bundle.folder, name, spec),
+                self._backend.device,
+            )
+            for part in load_parts(self._backend, self.bundle.folder, name, spec):
+                yield from part.engines.values()
+            return
+        with self.stage(name, plan) as component:
+            yield from component.engines.values()
+
+    def release_idle(self, but: str = "") -> None:
+        """Closes what no stage uses, but for one component, unless a running plan keeps it."""
+        with self._lock:
+            idle = [] if self._keepers else [name for name in self._loaded if name != but and not self._users[name]]
+            components = [self._loaded.pop(name) for name in idle]
+        for component in components:
+            component.close()
+
+    def release(self, name: str) -> None:
+        """Closes a component's engines unless a stage is using them; the next use loads them again."""
+        with self._lock:
+            component = None if self._users[name] else self._loaded.pop(name, None)
+        if component is not None:
+            component.close()
+
+    def close(self) -> None:
+        """Releases all engines that no stage is using; a later use loads them again."""
+        for name in self.loaded:
+            self.release(name)
