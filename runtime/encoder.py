@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Engine
-from t2v_rt.engines.manifest import ModelSpec
+from t2v_rt.engines.model import TextSpec
 from t2v_rt.errors import EngineError
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.embedding import EmbeddingTable
+from t2v_rt.runtime.family import TextRule
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.prompt_cache import PromptCache
 
@@ -27,7 +27,8 @@ class PromptEncoder:
     """Encodes prompts at their own length and remembers the results; safe to share between threads.
 
     Args:
-        model: constants of the model.
+        spec: how the model takes its prompt.
+        rule: of the model's family.
         tokenizer: of the bundle.
         table: of the token embeddings.
         kept: embeddings of earlier processes, or None.
@@ -35,12 +36,13 @@ class PromptEncoder:
 
     def __init__(
         self,
-        model: ModelSpec,
+        spec: TextSpec,
+        rule: TextRule,
         tokenizer: PromptTokenizer,
         table: EmbeddingTable,
         kept: PromptCache | None = None,
     ) -> None:
-        self._model = model
+        self._spec, self._rule = spec, rule
         self._tokenizer = tokenizer
         self._table = table
         self._kept = kept
@@ -57,7 +59,7 @@ class PromptEncoder:
                 with when the next one is; called only when a text is not remembered.
 
         Returns:
-            float32 (B, text_length, D): each prompt's rows, then zeros.
+            float32 (B, length, D).
 
         Raises:
             BundleError: tokenizer and text encoder do not belong together.
@@ -68,10 +70,7 @@ class PromptEncoder:
             with self._running:  # two threads would load everything twice
                 found = self._cached(texts)
                 found |= self._run([text for text in dict.fromkeys(texts) if text not in found], open_engines)
-        result = np.zeros((len(texts), self._model.text_length, self._model.text_dim), np.float32)
-        for row, text in zip(result, texts, strict=True):
-            row[: len(found[text])] = found[text]
-        return result
+        return np.stack([self._rule.padded(found[text], self._spec.length) for text in texts])
 
     def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of those texts that are remembered."""
@@ -86,7 +85,7 @@ class PromptEncoder:
         ids = {text: self._tokenizer.encode(text) for text in texts}
         found = {}
         for text in texts if self._kept is not None else ():
-            rows = self._kept.get(ids[text], self._model.text_dim) if self._kept is not None else None
+            rows = self._kept.get(ids[text], self._spec.dim) if self._kept is not None else None
             if rows is not None:
                 found[text] = rows
         new = {text: ids[text] for text in texts if text not in found}
@@ -103,15 +102,12 @@ class PromptEncoder:
 
     def _infer(self, ids: Sequence[NDArray[np.int64]], open_engines: OpenEngines) -> list[Array]:
         """Embeddings (L, D) of token ids (L,)."""
-        model = self._model
         hidden = [self._table.rows(tokens) for tokens in ids]
-        buckets = [
-            wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
-        ]
+        beside = [self._rule.feeds(self._spec, states.shape[1]) for states in hidden]
         with closing(open_engines()) as engines:
             for engine in engines:
-                for i, (states, relative) in enumerate(zip(hidden, buckets, strict=True)):
-                    (hidden[i],) = engine.infer({"hidden_states": states, "relative_buckets": relative}).values()
+                for i, (states, others) in enumerate(zip(hidden, beside, strict=True)):
+                    (hidden[i],) = engine.infer({"hidden_states": states, **others}).values()
         for embeds in hidden:
             check_finite(embeds, "encode", "the text encoder")
         return [embeds[0] for embeds in hidden]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.engines.plans import holds
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.memory_plan import make_plan
 
 SHRINK = 0.9  # of height and width, from one try to the next
@@ -29,7 +28,7 @@ def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int
     """
     sizes = list(_smaller(manifest, height, width, num_frames))
     for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
-        if make_plan(manifest, wan.latent_shape(manifest.model, 1, *size), budget=budget).fits:
+        if make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget).fits:
             return dict(zip(("height", "width", "num_frames"), size, strict=True))
     return None
 
@@ -45,11 +44,11 @@ def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
 def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> Iterator[tuple[int, int, int]]:
     """Sizes to try, in falling order: fewer frames first, then, at a single chunk of frames, smaller pictures."""
     model = manifest.model
-    steps = (model.spatial_factor * model.patch[1], model.spatial_factor * model.patch[2])
-    for frames in range(num_frames, 0, -model.temporal_factor):
-        yield height, width, frames
+    steps = model.steps
+    for latents in range(model.decode.latents(num_frames), 0, -1):
+        yield height, width, model.decode.frames(latents)
     while height > steps[0] or width > steps[1]:
         height, width = (
             max(step, int(side * SHRINK) // step * step) for side, step in zip((height, width), steps, strict=True)
         )
-        yield height, width, 1 + model.temporal_factor
+        yield height, width, model.decode.frames(2)

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec, Manifest
+from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.plans import holds, nearest_profile
 from t2v_rt.engines.specs import StateSpec
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.tiles import Grid, fed_length
+from t2v_rt.errors import RequestError
+from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 RGB = 3 * FLOAT
+Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
 HEAD_COPIES = 25  # of the decoder's largest cache, what activations take in ONNX Runtime's arena, as measured: head,
@@ -56,8 +57,8 @@ def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
     encoder, model = manifest.components.get("text_encoder"), manifest.model
     if encoder is None:
         return StageMemory("encode", 0, 0, 0, 0)
-    sizes = {"batch": 1, "length": model.text_length}
-    text = model.text_length * model.text_dim * FLOAT
+    sizes = {"batch": 1, "length": model.text.length}
+    text = model.text.length * model.text.dim * FLOAT
     told = built_context(encoder, BLOCKS, sizes)
     together = max if streamed else sum
     weights = together(part.weights_bytes for part in encoder.parts)
@@ -71,13 +72,13 @@ def denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) -
     """The denoise stage of latents of a shape (B, C, F, H, W), and whether its context is an estimate."""
     model, denoiser = manifest.model, manifest.components["transformer"]
     batch, _, frames, height, width = shape
-    text = 2 * batch * model.text_length * model.text_dim * FLOAT
+    text = 2 * batch * model.text.length * model.text.dim * FLOAT
     sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
     told = built_context(denoiser, "model", sizes)
     if told is not None:
         crossing = boundary_bytes(denoiser, "model", sizes)
         stage = StageMemory("denoise", denoiser.weights_bytes, told, 0, crossing + text, crossing)
-        return stage, not holds(manifest.profiles, *wan.video_size(model, shape))
+        return stage, not holds(manifest.profiles, *model.video_size(shape))
     calls = 2 * batch if one_batch else batch
     tokens = prod(size // patch for size, patch in zip((frames, height, width), model.patch, strict=True))
     context = calls * (model.heads * tokens * tokens + tokens * model.hidden_dim * TOKEN_COPIES) * FLOAT
@@ -120,7 +121,7 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
 
 
 def decode_stage(
-    vae: ComponentSpec, height: int, width: int, grid: Grid, kept: int, parks: bool
+    vae: ComponentSpec, height: int, width: int, grid: Grid, parks: bool, kept: int
 ) -> tuple[StageMemory, int]:
     """The decode stage, and the bytes of caches that wait in host memory.
 
@@ -129,8 +130,8 @@ def decode_stage(
         height: of the latents.
         width: of the latents.
         grid: of tiles.
-        kept: bytes that are held besides.
         parks: whether the caches of all tiles but one wait in host memory.
+        kept: bytes that are held besides.
     """
     assert vae.tiles is not None
     rows, columns = height * vae.tiles.scale, width * vae.tiles.scale
@@ -174,3 +175,26 @@ def _largest_state(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
 def _states(vae: ComponentSpec, part: str) -> list[StateSpec]:
     """The states of the graphs whose roles begin with `part`, of each graph."""
     return [state for graph in _graphs(vae, part) for state in graph.states]
+
+
+def tile_ways(manifest: Manifest, grid: Grid | None) -> list[Way]:
+    """The ways to decode with tiles, in the order they are tried, each slower than the one before.
+
+    Args:
+        manifest: of the bundle.
+        grid: the only one to use, or None.
+
+    Returns:
+        Tiles, and whether their caches are parked in host memory but for one tile's.
+
+    Raises:
+        RequestError: the engines were not built for that grid.
+    """
+    tiles = manifest.components["vae_decoder"].tiles
+    built_for = tiles.grids if tiles is not None else ()
+    if grid is not None and built_for and grid not in built_for:
+        known = ", ".join(f"{rows}x{columns}" for rows, columns in built_for)
+        raise RequestError(f"vae_tiles is {grid[0]}x{grid[1]}; the engines were built for {known}")
+    grids = [grid] if grid is not None else built_for or GRIDS
+    parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
+    return [(item, False) for item in grids] + [(item, True) for item in parkable]

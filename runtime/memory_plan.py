@@ -8,23 +8,22 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from t2v_rt.engines.manifest import GRIDS, Manifest
+from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.family import family_of
 from t2v_rt.runtime.memory_estimates import (
     FLOAT,
     RGB,
     StageMemory,
-    decode_stage,
+    Way,
     denoise_stage,
     encode_stage,
     on_card,
 )
-from t2v_rt.runtime.tiles import WHOLE, Grid
+from t2v_rt.runtime.tiles import Grid
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
-Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,6 @@ def make_plan(
     Raises:
         RequestError: more tiles than there are features, or a grid that the engines were not built for.
     """
-    vae, (*_, height, width) = manifest.components["vae_decoder"], shape
     card, limits = on_card(manifest), [limit for limit in (budget, available) if limit is not None]
     reserve = CARD_RESERVE if card else 0
     for one_batch in batches:
@@ -188,11 +186,12 @@ def make_plan(
         if all(reserve + denoise.total_bytes <= limit for limit in limits):
             break
     latents = 0 if card else prod(shape) * FLOAT
-    results = 0 if card else kept_frames * prod(wan.video_size(manifest.model, shape)[:2]) * RGB
+    results = 0 if card else kept_frames * prod(manifest.model.video_size(shape)[:2]) * RGB
     encode, one_engine = (encode_stage(manifest, streamed=flag) for flag in (False, True))
-    ways, tried = decode_ways(manifest, grid), []
-    for i, (tiles, parks) in enumerate(ways):
-        decode, parked = decode_stage(vae, height, width, tiles, latents, parks)
+    family = family_of(manifest.model)
+    ways, tried = family.decode_ways(manifest, grid), []
+    for i, way in enumerate(ways):
+        decode, parked = family.decode_memory(manifest, shape, way, latents)
         stages = (encode, denoise, decode)
         tried.append(
             MemoryPlan(stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated)
@@ -205,29 +204,6 @@ def make_plan(
     if limit is None or plan.peak_bytes <= limit:
         return plan
     return plan.streaming() if budget is None else plan.releasing()
-
-
-def decode_ways(manifest: Manifest, grid: Grid | None) -> list[Way]:
-    """The ways to decode, in the order they are tried, each slower than the one before and most of them smaller.
-
-    Args:
-        manifest: of the bundle.
-        grid: the only one to use, or None.
-
-    Returns:
-        Tiles, and whether their caches are parked in host memory but for one tile's.
-
-    Raises:
-        RequestError: the engines were not built for that grid.
-    """
-    tiles = manifest.components["vae_decoder"].tiles
-    built_for = tiles.grids if tiles is not None else ()
-    if grid is not None and built_for and grid not in built_for:
-        known = ", ".join(f"{rows}x{columns}" for rows, columns in built_for)
-        raise RequestError(f"vae_tiles is {grid[0]}x{grid[1]}; the engines were built for {known}")
-    grids = [grid] if grid is not None else built_for or GRIDS
-    parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
-    return [(item, False) for item in grids] + [(item, True) for item in parkable]
 
 
 def to_json(plan: MemoryPlan) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from t2v_rt.engines.bundle import Bundle, open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.engines.plans import check_profiles
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.admission import Admission
 from t2v_rt.runtime.denoiser import one_batch_is_faster
 from t2v_rt.runtime.memory_advice import advise, largest_fitting
@@ -268,7 +267,7 @@ class TextToVideoPipeline:
             raise RequestError(
                 f"stream makes one video of output_type np or uint8; {request.batch} of {output_type!r} were asked for"
             )
-        kept_frames = self.manifest.model.temporal_factor
+        _, kept_frames = self.manifest.model.decode.next
         run = self._run(
             request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
         )
@@ -325,7 +324,7 @@ class TextToVideoPipeline:
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """(B, C, F, H, W) of a request's latents."""
-        return wan.latent_shape(self.manifest.model, request.batch, request.height, request.width, request.num_frames)
+        return self.manifest.model.latent_shape(request.batch, request.height, request.width, request.num_frames)
 
     # -- stages on their own -----------------------------------------------------------------------------------------
 
@@ -336,24 +335,24 @@ class TextToVideoPipeline:
             return self.stages.encode_prompt(texts, plan)
 
     def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
-        """Decodes one video's latents, one latent frame at a time.
+        """Decodes one video's latents, chunk by chunk.
 
         Args:
             latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
             progress: called as `f("decode", done, total)`.
 
         Returns:
-            An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
+            An iterator over chunks (f, H, W, 3) float32 in [0, 1], as many frames each as the model's schedule says.
 
         Raises:
             RequestError: latents of another shape, or more than there is memory for.
             EngineError: the VAE failed or gave values that are not finite.
         """
         model = self.manifest.model
-        if latents.ndim != 5 or latents.shape[:2] != (1, model.latent_channels) or 0 in latents.shape:
+        if latents.ndim != 5 or latents.shape[:2] != (1, model.latents.channels) or 0 in latents.shape:
             raise RequestError(
                 f"latents have shape {list(latents.shape)}; expected those of one video of this model, "
-                f"(1, {model.latent_channels}, frames, rows, columns)"
+                f"(1, {model.latents.channels}, frames, rows, columns)"
             )
         return self._decode(latents, progress)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import logging
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +15,19 @@ from t2v_rt.errors import BundleError
 logger = logging.getLogger(__name__)
 
 
-def clean_prompt(text: str) -> str:
-    """Repairs mis-decoded text, resolves HTML entities twice and collapses white space.
-
-    Source: `prompt_clean` of diffusers' `pipeline_wan.py`.
-    """
-    import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
 class PromptTokenizer:
     """The checkpoint's own tokenizer.
 
     Args:
         path: of `tokenizer.json`.
         max_length: tokens kept, the closing `</s>` among them.
+        clean: what is done to a prompt first.
 
     Raises:
         BundleError: the file cannot be read as a tokenizer.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, max_length: int, clean: Callable[[str], str]) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as exc:  # tokenizers raises bare Exception
@@ -48,6 +37,7 @@ class PromptTokenizer:
         self._complete = Tokenizer.from_str(self._tokenizer.to_str())
         self._tokenizer.enable_truncation(max_length)
         self.max_length = max_length
+        self._clean = clean
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids of a prompt, its own length, cut at `max_length` with a warning.
@@ -58,7 +48,7 @@ class PromptTokenizer:
         Returns:
             int64 (L,), 1 <= L <= max_length.
         """
-        cleaned = clean_prompt(text)
+        cleaned = self._clean(text)
         ids = self._tokenizer.encode(cleaned).ids
         if len(ids) == self.max_length:
             total = len(self._complete.encode(cleaned).ids)

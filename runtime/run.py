@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.admission import Admission
 from t2v_rt.runtime.cancel import check_cancelled, check_event
 from t2v_rt.runtime.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.encoder import check_finite
+from t2v_rt.runtime.frames import to_uint8
 from t2v_rt.runtime.memory_plan import MemoryPlan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
@@ -127,7 +127,7 @@ class Run:
     def _latent_shape(self) -> tuple[int, ...]:
         request = self.request
         model = self._stages.manifest.model
-        return wan.latent_shape(model, request.batch, request.height, request.width, request.num_frames)
+        return model.latent_shape(request.batch, request.height, request.width, request.num_frames)
 
     def _encode(self) -> tuple[Array, Array | None]:
         """Conditional and, with guidance, unconditional embeddings, one row per video."""
@@ -157,7 +157,7 @@ class Run:
         count = len(scheduler.timesteps)  # some samplers ask for more predictions than they make steps
         latents = latents * np.float32(scheduler.init_noise_sigma)
         with self._stages.components.stage("transformer", self.plan) as component:
-            denoiser = Denoiser(component, prompts, self.plan.one_batch, self._cancel)
+            denoiser = Denoiser(component, self._stages.text, prompts, self.plan.one_batch, self._cancel)
             for i, t in enumerate(scheduler.timesteps):
                 # 1. the denoiser's input, and how many predictions guidance makes of it: none, one or two
                 check_cancelled(self._cancel, "denoise")
@@ -292,7 +292,7 @@ class FrameStream(Iterator[NDArray[Any]]):
         latents = self.sample()
         try:
             for chunk in self._run.chunks(latents):
-                yield from wan.to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
         finally:
             self._run.end()
 
@@ -327,7 +327,7 @@ def collect(run: Run, latents: Array, output_type: str) -> Any:
     """All videos of a batch, in the form that was asked for: an array, or lists of PIL images."""
     videos = []
     for video in latents:
-        chunks = [chunk if output_type == "np" else wan.to_uint8(chunk) for chunk in run.chunks(video[None])]
+        chunks = [chunk if output_type == "np" else to_uint8(chunk) for chunk in run.chunks(video[None])]
         videos.append(np.concatenate(chunks))
     if output_type != "pil":
         return np.stack(videos)

@@ -16,13 +16,14 @@ from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import OutOfMemoryError, RequestError
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.components import Components
 from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.encoder import PromptEncoder, check_finite
-from t2v_rt.runtime.frame_decoder import FrameDecoder
-from t2v_rt.runtime.memory_plan import MemoryPlan, Way
+from t2v_rt.runtime.family import family_of
+from t2v_rt.runtime.frames import denormalize, to_unit_range
+from t2v_rt.runtime.memory_estimates import Way
+from t2v_rt.runtime.memory_plan import MemoryPlan
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.prompt_cache import PromptCache
 
@@ -55,14 +56,16 @@ class Stages:
         self.manifest = bundle.manifest
         self.components = Components(bundle, backend)
         model, components = self.manifest.model, self.manifest.components
-        self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text_length)
+        self._family = family_of(model)
+        text = self.text = self._family.text
+        self.tokenizer = PromptTokenizer(bundle.folder / "tokenizer" / "tokenizer.json", model.text.length, text.clean)
         self._encoder: PromptEncoder | None = None
         if "text_encoder" in components:
             embedding = components["text_encoder"].embedding
             assert embedding is not None
             table = EmbeddingTable(bundle.folder, embedding)
             kept = PromptCache(f"{encoder_files(self.manifest)}\n{backend.identity}") if prompt_cache else None
-            self._encoder = PromptEncoder(model, self.tokenizer, table, kept)
+            self._encoder = PromptEncoder(model.text, text, self.tokenizer, table, kept)
 
     def encode_prompt(self, texts: Sequence[str], plan: MemoryPlan) -> Array:
         """Prompt embeddings of texts, remembered for later calls.
@@ -92,7 +95,7 @@ class Stages:
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
     ) -> Iterator[Array]:
-        """Decodes one video's latents, one latent frame at a time.
+        """Decodes one video's latents, chunk by chunk.
 
         Args:
             latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
@@ -101,7 +104,7 @@ class Stages:
             cancel: looked at before each chunk, or None.
 
         Returns:
-            An iterator over chunks (f, H, W, 3) float32 in [0, 1]: one frame, then `temporal_factor` frames each.
+            An iterator over chunks (f, H, W, 3) float32 in [0, 1], as many frames each as the model's schedule says.
 
         Raises:
             CancelledError: `cancel` was set.
@@ -109,7 +112,7 @@ class Stages:
         """
         ways = plan.ways
         check_cancelled(cancel, "decode")
-        done, count = 0, latents.shape[2]
+        done, count = 0, len(self.manifest.model.decode.chunks(latents.shape[2]))
         while done < count:
             try:
                 with self.components.stage("vae_decoder", plan) as vae:
@@ -139,12 +142,12 @@ class Stages:
             done: chunks that are left out, as they were yielded before.
             cancel: looked at before each chunk, or None.
         """
-        model = self.manifest.model
-        _, _, count, height, width = latents.shape
-        decoder = FrameDecoder(vae, height, width, *way)
-        for i in range(count):
+        model, start = self.manifest.model, 0
+        decoder = self._family.open_decoder(vae, latents.shape, way)
+        for i, count in enumerate(model.decode.chunks(latents.shape[2])):
             check_cancelled(cancel, "decode")
-            frames = decoder.decode(wan.denormalize(model, latents[:, :, i]))
+            frames = decoder.decode(denormalize(model.latents, latents[:, :, start : start + count]))
+            start += count
             check_finite(frames, "decode", "the VAE decoder")
             if i >= done:
-                yield wan.to_unit_range(frames)
+                yield to_unit_range(frames)

@@ -99,7 +99,7 @@ def test_between_the_two_calls_of_a_step(pipe: TextToVideoPipeline, monkeypatch:
 
     monkeypatch.setattr(component["model"], "infer", watched)
     embeds = pipe.encode_prompt(["a ball"])
-    denoiser = Denoiser(component, Prompts(embeds, embeds), False, cancel)
+    denoiser = Denoiser(component, pipe.stages.text, Prompts(embeds, embeds), False, cancel)
     with pytest.raises(CancelledError):
         denoiser.predict(np.zeros((1, 4, 1, 4, 4), np.float32), 500.0, 2)
     assert calls == [1]

@@ -13,10 +13,10 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 from numpy.typing import NDArray
 
 from t2v_rt import RequestError, TextToVideoPipeline
-from t2v_rt.runtime.denoiser import joined, one_batch_is_faster
+from t2v_rt.runtime.denoiser import one_batch_is_faster
 from t2v_rt.runtime.guidance import Guidance, rescaled
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.wan import text_context
+from t2v_rt.runtime.wan import joined, text_context
 from tests.conftest import Tiny
 
 TOLERANCE = 1e-6  # relative to the largest value; float32 sums in another order

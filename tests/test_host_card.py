@@ -170,7 +170,7 @@ def test_a_decode_takes_what_was_planned(plans: Bundle, insert: Insert, tiles: t
         library.cuda.peak = 0
         for _ in pipe.stages.frames(vae, latents, (tiles, parks)):
             pass
-        planned, _ = decode_stage(vae.spec, *SHAPE[-2:], tiles, 0, parks and tiles != (1, 1))
+        planned, _ = decode_stage(vae.spec, *SHAPE[-2:], tiles, parks and tiles != (1, 1), 0)
         assert library.cuda.peak == planned.total_bytes
 
 

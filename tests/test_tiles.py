@@ -24,7 +24,7 @@ SPEC = TileSpec(scale=4, upscale=2, halo=7)
 
 
 def decoded(pipe: TextToVideoPipeline, grid: tuple[int, int]) -> np.ndarray:
-    latents = Generator(1).randn((1, pipe.manifest.model.latent_channels, 3, HEIGHT, WIDTH))
+    latents = Generator(1).randn((1, pipe.manifest.model.latents.channels, 3, HEIGHT, WIDTH))
     return np.concatenate(list(pipe.stages.frames(pipe.stages.components.get("vae_decoder"), latents, (grid, False))))
 
 
@@ -78,7 +78,7 @@ def test_tiles_come_row_by_row() -> None:
 
 def test_a_budget_chooses_the_coarsest_grid_that_fits(narrow: Tiny) -> None:
     manifest = TextToVideoPipeline.from_pretrained(narrow.bundle).manifest
-    shape = (1, manifest.model.latent_channels, 3, 60, 104)
+    shape = (1, manifest.model.latents.channels, 3, 60, 104)
     needs = {grid: make_plan(manifest, shape, grid=grid).stages[-1].total_bytes for grid in GRIDS}
     assert needs[1, 1] > needs[1, 2] > needs[2, 2]
     assert make_plan(manifest, shape).grid == (1, 1)
@@ -114,7 +114,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
     fed = (spec.fed_length(length * spec.scale, 2) for length in (HEIGHT, WIDTH))
     room = vae.new_state(**dict(zip(("height", "width"), fed, strict=True)), part="tail").nbytes  # four tiles fit
     monkeypatch.setattr(OrtEngine, "infer", fail_on_large_tiles)
-    latents = Generator(1).randn((1, pipe.manifest.model.latent_channels, 3, HEIGHT, WIDTH))
+    latents = Generator(1).randn((1, pipe.manifest.model.latents.channels, 3, HEIGHT, WIDTH))
     chunks = list(pipe.decode(latents))
     assert [len(chunk) for chunk in chunks] == [1, 4, 4]
     assert np.abs(np.concatenate(chunks) - whole).max() <= TOLERANCE
