@@ -118,12 +118,12 @@ def lengths(bundle: Path) -> dict[str, Any]:
     manifest = pipe.manifest
     part = manifest.components["text_encoder"].parts[0]
     (role,) = part.graphs
-    padded = manifest.model.text_length
+    padded = manifest.model.text.length
     rng = np.random.default_rng(0)
     with get_backend(manifest.backend).load(bundle, "text_encoder", part) as component:
 
         def run(length: int) -> float:
-            states = rng.standard_normal((1, length, manifest.model.text_dim), np.float32)
+            states = rng.standard_normal((1, length, manifest.model.text.dim), np.float32)
             feeds: Feeds = {"hidden_states": states, "relative_buckets": _buckets(pipe, length)}
             start = time.perf_counter()
             component[role].infer(feeds)
@@ -145,7 +145,7 @@ def _in_turn(run: Callable[[int], float], length: int, padded: int) -> dict[str,
 
 def _buckets(pipe: TextToVideoPipeline, length: int) -> NDArray[np.int64]:
     model = pipe.manifest.model
-    return wan.relative_buckets(length, model.relative_buckets, model.relative_max_distance)
+    return wan.relative_buckets(length, model.text.relative_buckets, model.text.relative_max_distance)
 
 
 def relative(found: Array, expected: Array) -> float:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+from t2v_rt.engines.model import ModelSpec
 from t2v_rt.engines.plans import PlanSpec, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "bundle.json"
 BLOCKS = "blocks_"  # roles of engines that run one after another and of which each can be loaded alone
+T = TypeVar("T")
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -39,27 +41,6 @@ class GraphSpec:
     plan: PlanSpec | None = None
     weights_bytes: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        content = {
-            "path": self.path,
-            "inputs": [spec.to_json() for spec in self.inputs],
-            "outputs": [spec.to_json() for spec in self.outputs],
-            "states": [spec.to_json() for spec in self.states],
-            "weights_bytes": self.weights_bytes,
-        }
-        return content if self.plan is None else {**content, "plan": self.plan.to_json()}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(
-            str(fields["path"]),
-            tuple(TensorSpec.from_json(spec) for spec in fields["inputs"]),
-            tuple(TensorSpec.from_json(spec) for spec in fields["outputs"]),
-            tuple(StateSpec.from_json(spec) for spec in fields["states"]),
-            PlanSpec.from_json(fields["plan"]) if "plan" in fields else None,
-            int(fields["weights_bytes"]),
-        )
-
 
 # tiles from top to bottom and from left to right, in the order they are tried
 GRIDS: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2), (2, 3), (3, 3), (3, 4), (4, 4))
@@ -81,10 +62,6 @@ class TileSpec:
     upscale: int
     halo: int
     grids: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**{**fields, "grids": tuple((int(rows), int(columns)) for rows, columns in fields["grids"])})
 
     def fed_length(self, length: int, count: int) -> int:
         """Features that each of `count` tiles is fed along an axis of `length`.
@@ -156,75 +133,6 @@ class ComponentSpec:
             for role, graph in self.graphs.items()
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "graphs": {role: graph.to_json() for role, graph in self.graphs.items()},
-            "precision": self.precision,
-            "weights_bytes": self.weights_bytes,
-            "tiles": None if self.tiles is None else asdict(self.tiles),
-            "embedding": None if self.embedding is None else asdict(self.embedding),
-            "weights": self.weights,
-            "weights_error": self.weights_error,
-        }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        graphs = {str(role): GraphSpec.from_json(graph) for role, graph in fields["graphs"].items()}
-        tiles = None if fields["tiles"] is None else TileSpec.from_json(fields["tiles"])
-        embedding = None if fields["embedding"] is None else EmbeddingSpec(**fields["embedding"])
-        error = fields["weights_error"]
-        return cls(
-            graphs,
-            str(fields["precision"]),
-            int(fields["weights_bytes"]),
-            tiles,
-            embedding,
-            str(fields["weights"]),
-            None if error is None else float(error),
-        )
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the pipeline must know of a model: families differ in these values, not in code paths of the pipeline.
-
-    Args:
-        family: names the module of the runtime that knows the family, e.g. `wan`.
-        latent_channels: C of the latents (B, C, F, H, W).
-        latents_mean: per channel; decoded latents are `z * std + mean`.
-        latents_std: per channel.
-        spatial_factor: pixels per latent row and column.
-        temporal_factor: frames per latent frame; frames are a multiple of it, plus one.
-        patch: latent frames, rows and columns per token of the denoiser.
-        max_patches: tokens that fit along one axis.
-        heads: attention heads of the denoiser, for the memory estimate.
-        hidden_dim: width of the denoiser, for the memory estimate.
-        text_length: positions the prompt is padded or cut to.
-        text_dim: D of the prompt embeddings (B, L, D).
-        relative_buckets: number of relative-position buckets of the text encoder.
-        relative_max_distance: distance from which all positions share the last bucket.
-    """
-
-    family: str
-    latent_channels: int
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
-    spatial_factor: int
-    temporal_factor: int
-    patch: tuple[int, int, int]
-    max_patches: int
-    heads: int
-    hidden_dim: int
-    text_length: int
-    text_dim: int
-    relative_buckets: int
-    relative_max_distance: int
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        tuples = {key: tuple(fields[key]) for key in ("latents_mean", "latents_std", "patch")}
-        return cls(**{**fields, **tuples})
-
 
 @dataclass(frozen=True)
 class Defaults:
@@ -237,10 +145,6 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     negative_prompt: str
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -294,23 +198,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, `schema_version` and `bundle_id` included."""
-        content = {
-            "schema_version": SCHEMA_VERSION,
-            "backend": self.backend,
-            "precision": self.precision,
-            "fingerprint": self.fingerprint,
-            "builder": dict(self.builder),
-            "model": asdict(self.model),
-            "scheduler": dict(self.scheduler),
-            "defaults": asdict(self.defaults),
-            "components": {name: spec.to_json() for name, spec in self.components.items()},
-            "targets": list(self.targets),
-            "profiles": [profile.to_json() for profile in self.profiles],
-            "encoder_id": self.encoder_id,
-            "files": {path: asdict(entry) for path, entry in sorted(self.files.items())},
-        }
-        content = json.loads(json.dumps(content))
-        return {"schema_version": SCHEMA_VERSION, "bundle_id": _digest(content), **content}
+        content = {"schema_version": SCHEMA_VERSION, **to_plain(self)}
+        return {"bundle_id": _digest(content), **content}
 
     def with_components(self, components: Mapping[str, ComponentSpec]) -> Self:
         """The same manifest for other components; their files must be hashed before it is written."""
@@ -339,28 +228,38 @@ class Manifest:
                 "use the t2v-rt that built it, or build the bundle again"
             )
         try:
-            result = cls(
-                backend=str(content["backend"]),
-                precision=str(content["precision"]),
-                fingerprint=str(content["fingerprint"]),
-                builder=dict(content["builder"]),
-                model=ModelSpec.from_json(content["model"]),
-                scheduler=dict(content["scheduler"]),
-                defaults=Defaults.from_json(content["defaults"]),
-                components={str(k): ComponentSpec.from_json(v) for k, v in content["components"].items()},
-                targets=tuple(str(target) for target in content.get("targets", ())),
-                profiles=tuple(VideoProfile.from_json(profile) for profile in content.get("profiles", ())),
-                encoder_id=str(content["encoder_id"]),
-                files={str(path): FileEntry(**entry) for path, entry in content["files"].items()},
-            )
+            result = from_plain(content, cls)
             written_id = content["bundle_id"]
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            if isinstance(exc, BundleError):
-                raise
-            raise BundleError(f"{MANIFEST_NAME} is damaged ({exc!r}); build the bundle again") from exc
+        except (KeyError, ValueError) as exc:
+            if isinstance(exc.__cause__, BundleError):
+                raise exc.__cause__ from exc
+            raise BundleError(f"{MANIFEST_NAME} is damaged ({exc}); build the bundle again") from exc
         if _digest({key: value for key, value in content.items() if key != "bundle_id"}) != written_id:
             raise BundleError(f"{MANIFEST_NAME} was edited after it was built; build the bundle again")
         return result
+
+
+def to_plain(value: object) -> Any:
+    """Dataclasses, mappings and sequences as dicts and lists, as `json` writes them."""
+    import msgspec  # here and below: importing the pipeline should not pay for it
+
+    return msgspec.to_builtins(value)
+
+
+def from_plain(content: object, kind: type[T]) -> T:
+    """Makes a dataclass of plain JSON values.
+
+    Args:
+        content: as `json` reads it.
+        kind: the dataclass, whose annotations say what is expected.
+
+    Raises:
+        ValueError: a value of another type than its annotation says, a missing field, or one that the class refuses;
+            says where.
+    """
+    import msgspec
+
+    return msgspec.convert(content, kind, strict=True)
 
 
 def check_inside(path: str) -> None:

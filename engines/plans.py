@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 from t2v_rt.errors import RequestError
 
@@ -42,16 +42,12 @@ class Range:
         """The size inside the range that is closest to `size`."""
         return min(max(size, self.min), self.max)
 
+    def map(self, function: Callable[[int], int]) -> Self:
+        """The range of what a rising function makes of its sizes."""
+        return type(self)(function(self.min), function(self.opt), function(self.max))
+
     def __str__(self) -> str:
         return str(self.opt) if self.fixed else f"{self.min} to {self.max}"
-
-    def to_json(self) -> list[int]:
-        return [self.min, self.opt, self.max]
-
-    @classmethod
-    def from_json(cls, fields: Sequence[Any]) -> Self:
-        low, best, high = (int(size) for size in fields)
-        return cls(low, best, high)
 
 
 def nearest_profile(profiles: Sequence[Mapping[str, Range]], sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
@@ -80,13 +76,6 @@ class VideoProfile:
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}, {self.num_frames} frames"
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: ranges.to_json() for name, ranges in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(*(Range.from_json(fields[name]) for name in ("height", "width", "num_frames")))
 
 
 def holds(profiles: Sequence[VideoProfile], height: int, width: int, num_frames: int) -> bool:
@@ -179,15 +168,6 @@ class PlanProfile:
     sizes: Mapping[str, Range]
     context_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        sizes = {symbol: ranges.to_json() for symbol, ranges in self.sizes.items()}
-        return {"sizes": sizes, "context_bytes": self.context_bytes}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        sizes = {str(symbol): Range.from_json(ranges) for symbol, ranges in fields["sizes"].items()}
-        return cls(sizes, int(fields["context_bytes"]))
-
 
 @dataclass(frozen=True)
 class PlanSpec:
@@ -205,20 +185,3 @@ class PlanSpec:
     weights_bytes: int
     fused_attention: bool
     nodes: Mapping[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "profiles": [profile.to_json() for profile in self.profiles],
-            "weights_bytes": self.weights_bytes,
-            "fused_attention": self.fused_attention,
-            "nodes": dict(self.nodes),
-        }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(
-            tuple(PlanProfile.from_json(profile) for profile in fields["profiles"]),
-            int(fields["weights_bytes"]),
-            bool(fields["fused_attention"]),
-            {str(kind): int(count) for kind, count in fields["nodes"].items()},
-        )

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, Defaults, EmbeddingSpec, GraphSpec, ModelSpec
+import numpy as np
+
+from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, Defaults, EmbeddingSpec, GraphSpec
+from t2v_rt.engines.model import DecodeSchedule, LatentSpec, ModelSpec, TextSpec
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.checkpoint import INDEX, Checkpoint, CheckpointConfigs
@@ -100,21 +103,23 @@ def read_configs(configs: CheckpointConfigs, shard_bytes: int = SHARD_BYTES) -> 
 
 def model_spec(configs: WanConfigs) -> ModelSpec:
     """The model's constants for the manifest."""
+    vae, denoiser, text = configs.vae, configs.transformer, configs.text_encoder
+    one = np.float32(1.0)
+    frames, rows, columns = denoiser.patch
     return ModelSpec(
         family="wan",
-        latent_channels=configs.vae.z_dim,
-        latents_mean=configs.vae.latents_mean,
-        latents_std=configs.vae.latents_std,
-        spatial_factor=configs.vae.spatial_factor,
-        temporal_factor=configs.vae.temporal_factor,
-        patch=configs.transformer.patch,
-        max_patches=configs.transformer.rope_max,
-        heads=configs.transformer.heads,
-        hidden_dim=configs.transformer.dim,
-        text_length=TEXT_LENGTH,
-        text_dim=configs.transformer.text_dim,
-        relative_buckets=configs.text_encoder.buckets,
-        relative_max_distance=configs.text_encoder.max_distance,
+        latents=LatentSpec(
+            channels=vae.z_dim,
+            scale=tuple(float(one / np.float32(std)) for std in vae.latents_std),  # as the reference rounds it
+            shift=vae.latents_mean,
+            spatial_factor=vae.spatial_factor,
+            most=(denoiser.rope_max * frames, denoiser.rope_max * rows, denoiser.rope_max * columns),
+        ),
+        decode=DecodeSchedule(first=((1, 1),), next=(1, vae.temporal_factor)),
+        text=TextSpec(TEXT_LENGTH, denoiser.text_dim, text.buckets, text.max_distance),
+        patch=denoiser.patch,
+        heads=denoiser.heads,
+        hidden_dim=denoiser.dim,
     )
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from t2v_rt.engines.manifest import ModelSpec, TileSpec
+from t2v_rt.engines.manifest import TileSpec
+from t2v_rt.engines.model import ModelSpec
 from t2v_rt.engines.plans import Range, VideoProfile
 from t2v_rt.export.graph import Form
 
@@ -31,7 +32,7 @@ def with_grids(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfil
         The same with those grids that the smallest video has features for, and that make its tiles smaller.
     """
     rows, columns = (
-        min(getattr(profile, name).min for profile in profiles) // model.spatial_factor * tiles.scale
+        min(getattr(profile, name).min for profile in profiles) // model.latents.spatial_factor * tiles.scale
         for name in ("height", "width")
     )
     grids = [BUILT_GRIDS[0]]
@@ -56,19 +57,19 @@ def component_ranges(
     Returns:
         Component -> role -> a mapping of symbols to ranges for each profile.
     """
-    text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text_length), model.text_length)}
+    text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text.length), model.text.length)}
     frames, images, parts = [], [], []
     for profile in profiles:
         image = {
-            "height": _divided(profile.height, model.spatial_factor),
-            "width": _divided(profile.width, model.spatial_factor),
+            "height": _divided(profile.height, model.latents.spatial_factor),
+            "width": _divided(profile.width, model.latents.spatial_factor),
         }
-        latents = Range(*((size - 1) // model.temporal_factor + 1 for size in profile.num_frames.to_json()))
+        latents = profile.num_frames.map(model.decode.latents)
         images.append(image)
         frames.append({"batch": Range.of(1), "frames": latents, **image})
         parts += [
             {
-                name: Range(*(tiles.fed_length(size * tiles.scale, count) for size in image[name].to_json()))
+                name: image[name].map(lambda size, count=count: tiles.fed_length(size * tiles.scale, count))  # type: ignore[misc]
                 for name, count in zip(("height", "width"), grid, strict=True)
             }
             for grid in tiles.grids
@@ -106,7 +107,7 @@ def component_forms(
             }
             slices, rows = 1, None
             if name == "transformer":
-                slices, rows = _slices(model, profiles, ffn_dim), model.text_length
+                slices, rows = _slices(model, profiles, ffn_dim), model.text.length
             forms.setdefault(name, {})[role] = Form(fixed, slices, rows, float32_matmul)
     return forms
 
@@ -123,7 +124,7 @@ def _slices(model: ModelSpec, profiles: Sequence[Ranges], ffn_dim: int) -> int:
 
 
 def _divided(pixels: Range, factor: int) -> Range:
-    return Range(*(size // factor for size in pixels.to_json()))
+    return pixels.map(lambda size: size // factor)
 
 
 def _distinct(profiles: Sequence[Ranges]) -> tuple[Ranges, ...]:

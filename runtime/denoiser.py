@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.cancel import check_cancelled
+from t2v_rt.runtime.family import TextRule
 
 Array = NDArray[np.float32]
 # Provider -> tokens, of all videos together, up to which one batch was measured to be the faster way: by 6 to 50 % up
@@ -19,20 +20,17 @@ Array = NDArray[np.float32]
 ONE_BATCH_TOKENS: Mapping[str, int] = {"cpu": 720}
 
 
+@dataclass(frozen=True)
 class Prompts:
-    """The prompt embeddings of a run, and once for all steps what the denoiser takes of them.
+    """The prompt embeddings of a run.
 
     Args:
         embeds: float32 (B, L, D).
         negative_embeds: likewise, or None without guidance.
     """
 
-    def __init__(self, embeds: Array, negative_embeds: Array | None) -> None:
-        self.embeds = embeds
-        self.negative_embeds = negative_embeds
-        self.given = tuple(_fixed(item) for item in (embeds, negative_embeds) if item is not None)
-        self.contexts = tuple(wan.text_context(item) for item in self.given)
-        self.both = joined(self.contexts)
+    embeds: Array
+    negative_embeds: Array | None
 
 
 class Denoiser:
@@ -40,21 +38,46 @@ class Denoiser:
 
     Args:
         component: with the engine `model`.
+        rule: how its family takes text.
         prompts: of the run; may be replaced between steps.
         together: whether the two predictions of a step are made in one batch.
         cancel: looked at before each call, or None.
     """
 
     def __init__(
-        self, component: Component, prompts: Prompts, together: bool, cancel: threading.Event | None = None
+        self,
+        component: Component,
+        rule: TextRule,
+        prompts: Prompts,
+        together: bool,
+        cancel: threading.Event | None = None,
     ) -> None:
-        self.prompts = prompts
         self._engine = component["model"]
-        self._padded = all(spec.name != "encoder_attention_bias" for spec in self._engine.inputs)
+        self._rule = rule
         plan = self._engine.spec.plan
         self._most = None if plan is None else max(profile.sizes["batch"].max for profile in plan.profiles)
         self._together = together
         self._cancel = cancel
+        self.prompts = prompts
+
+    @property
+    def prompts(self) -> Prompts:
+        """Of the run; what the engine takes of them is made once for all steps."""
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
+        self._prompts = prompts
+        self._alone = [self._text([embeds]) for embeds in given]
+        self._both = self._text(given)
+
+    def _text(self, embeds: Sequence[Array]) -> dict[str, Array]:
+        """Read-only copies, which a device may keep from step to step."""
+        copies = {name: array.copy() for name, array in self._rule.inputs(self._engine.inputs, embeds).items()}
+        for array in copies.values():
+            array.flags.writeable = False
+        return copies
 
     def predict(self, sample: Array, t: float, passes: int) -> tuple[Array, ...]:
         """The predictions of one step for all videos of the batch.
@@ -72,17 +95,9 @@ class Denoiser:
             EngineError: the engine failed.
         """
         if passes == 2 and self._together:
-            text = self._text(self.prompts.both, self.prompts.given)
-            prediction = self._infer(np.concatenate([sample, sample]), t, text)
+            prediction = self._infer(np.concatenate([sample, sample]), t, self._both)
             return prediction[: len(sample)], prediction[len(sample) :]
-        pairs = zip(self.prompts.contexts[:passes], self.prompts.given, strict=False)
-        return tuple(self._infer(sample, t, self._text(context, [embeds])) for context, embeds in pairs)
-
-    def _text(self, context: wan.TextContext, given: Sequence[Array]) -> dict[str, Array]:
-        """What the engine takes of prompts: an engine of fixed shapes all padded positions, and no bias."""
-        if self._padded:
-            return {"encoder_hidden_states": given[0] if len(given) == 1 else np.concatenate(given)}
-        return {"encoder_hidden_states": context.embeds, "encoder_attention_bias": context.bias}
+        return tuple(self._infer(sample, t, text) for text in self._alone[:passes])
 
     def _infer(self, sample: Array, t: float, text: Mapping[str, Array]) -> Array:
         """One call, or as many as an engine that was built for small batches needs."""
@@ -101,25 +116,6 @@ class Denoiser:
         return prediction
 
 
-def _fixed(array: Array) -> Array:
-    """A read-only copy, which a device may keep from step to step."""
-    result = array.copy()
-    result.flags.writeable = False
-    return result
-
-
 def one_batch_is_faster(provider: str, tokens: int) -> bool:
     """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked."""
     return tokens <= ONE_BATCH_TOKENS.get(provider, 0)
-
-
-def joined(contexts: Sequence[wan.TextContext]) -> wan.TextContext:
-    """Contexts of different lengths as one batch; the rows that the shorter ones lack are hidden from attention."""
-    rows = max(context.embeds.shape[1] for context in contexts)
-    lacking = [rows - context.embeds.shape[1] for context in contexts]
-    return wan.TextContext(
-        np.concatenate([np.pad(c.embeds, ((0, 0), (0, n), (0, 0))) for c, n in zip(contexts, lacking, strict=True)]),
-        np.concatenate(
-            [np.pad(c.bias, ((0, 0), (0, n)), constant_values=-np.inf) for c, n in zip(contexts, lacking, strict=True)]
-        ),
-    )

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines import forked
 from t2v_rt.engines.contract import Engine
-from t2v_rt.engines.manifest import ModelSpec
+from t2v_rt.engines.model import TextSpec
 from t2v_rt.errors import EngineError
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.family import TextRule
 from t2v_rt.runtime.prompt import PromptTokenizer
 from t2v_rt.runtime.prompt_cache import PromptCache
 
 Array = NDArray[np.float32]
+OpenEngines = Callable[[], Generator[Engine, None, None]]
 CACHED_TEXTS = 64  # the embeddings of 64 prompts of 512 tokens at Wan's width are 0.5 GB; most are 20 times shorter
 
 
@@ -26,26 +27,24 @@ class PromptEncoder:
     """Encodes prompts at their own length and remembers the results; safe to share between threads.
 
     Args:
-        model: constants of the model.
+        spec: how the model takes its prompt.
+        rule: of the model's family.
         tokenizer: of the bundle.
         rows: token ids int64 (L,) -> their embeddings float32 (1, L, D).
-        open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done with
-            when the next one is; called only when a text is not cached.
         kept: embeddings of earlier processes, or None.
     """
 
     def __init__(
         self,
-        model: ModelSpec,
+        spec: TextSpec,
+        rule: TextRule,
         tokenizer: PromptTokenizer,
         rows: Callable[[NDArray[np.int64]], Array],
-        open_engines: Callable[[], Generator[Engine, None, None]],
         kept: PromptCache | None = None,
     ) -> None:
-        self._model = model
+        self._spec, self._rule = spec, rule
         self._tokenizer = tokenizer
         self._rows = rows
-        self._open = open_engines
         self._kept = kept
         self._cache: OrderedDict[str, Array] = OrderedDict()
         self._lock = threading.Lock()
@@ -56,14 +55,16 @@ class PromptEncoder:
         """Takes new locks, as threads that are not there may hold the old ones; see `t2v_rt.engines.forked`."""
         self._lock, self._running = threading.Lock(), threading.Lock()
 
-    def encode(self, texts: Sequence[str]) -> Array:
+    def encode(self, texts: Sequence[str], open_engines: OpenEngines) -> Array:
         """Prompt embeddings as the reference pads them.
 
         Args:
             texts: the prompts; those that are new run through each engine together, while it is loaded.
+            open_engines: the text encoder's engines in the order they run, each loaded when it is asked for and done
+                with when the next one is; called only when a text is not remembered.
 
         Returns:
-            float32 (B, text_length, D): each prompt's rows, then zeros.
+            float32 (B, length, D).
 
         Raises:
             BundleError: tokenizer and text encoder do not belong together.
@@ -73,11 +74,8 @@ class PromptEncoder:
         if len(found) < len(set(texts)):
             with self._running:  # two threads would load everything twice
                 found = self._cached(texts)
-                found |= self._run([text for text in dict.fromkeys(texts) if text not in found])
-        result = np.zeros((len(texts), self._model.text_length, self._model.text_dim), np.float32)
-        for row, text in zip(result, texts, strict=True):
-            row[: len(found[text])] = found[text]
-        return result
+                found |= self._run([text for text in dict.fromkeys(texts) if text not in found], open_engines)
+        return np.stack([self._rule.padded(found[text], self._spec.length) for text in texts])
 
     def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of those texts that are remembered."""
@@ -87,16 +85,16 @@ class PromptEncoder:
                 self._cache.move_to_end(text)
         return found
 
-    def _run(self, texts: Sequence[str]) -> dict[str, Array]:
+    def _run(self, texts: Sequence[str], open_engines: OpenEngines) -> dict[str, Array]:
         """Embeddings (L, D) of texts, each at its own length L; remembered."""
         ids = {text: self._tokenizer.encode(text) for text in texts}
         found = {}
         for text in texts if self._kept is not None else ():
-            rows = self._kept.get(ids[text], self._model.text_dim) if self._kept is not None else None
+            rows = self._kept.get(ids[text], self._spec.dim) if self._kept is not None else None
             if rows is not None:
                 found[text] = rows
         new = {text: ids[text] for text in texts if text not in found}
-        made = dict(zip(new, self._infer(list(new.values())), strict=True)) if new else {}
+        made = dict(zip(new, self._infer(list(new.values()), open_engines), strict=True)) if new else {}
         for text, rows in made.items():
             if self._kept is not None:
                 self._kept.put(ids[text], rows)
@@ -107,17 +105,14 @@ class PromptEncoder:
                 self._cache.popitem(last=False)
         return found
 
-    def _infer(self, ids: Sequence[NDArray[np.int64]]) -> list[Array]:
+    def _infer(self, ids: Sequence[NDArray[np.int64]], open_engines: OpenEngines) -> list[Array]:
         """Embeddings (L, D) of token ids (L,)."""
-        model = self._model
         hidden = [self._rows(tokens) for tokens in ids]
-        buckets = [
-            wan.relative_buckets(h.shape[1], model.relative_buckets, model.relative_max_distance) for h in hidden
-        ]
-        with closing(self._open()) as engines:
+        beside = [self._rule.feeds(self._spec, states.shape[1]) for states in hidden]
+        with closing(open_engines()) as engines:
             for engine in engines:
-                for i, (states, relative) in enumerate(zip(hidden, buckets, strict=True)):
-                    (hidden[i],) = engine.infer({"hidden_states": states, "relative_buckets": relative}).values()
+                for i, (states, others) in enumerate(zip(hidden, beside, strict=True)):
+                    (hidden[i],) = engine.infer({"hidden_states": states, **others}).values()
         for embeds in hidden:
             check_finite(embeds, "encode", "the text encoder")
         return [embeds[0] for embeds in hidden]

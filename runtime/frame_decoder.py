@@ -49,13 +49,15 @@ class FrameDecoder:
         """Decodes the video's next latent frame.
 
         Args:
-            latents: float32 (1, C, H, W), denormalized.
+            latents: float32 (1, C, 1, H, W), denormalized.
 
         Returns:
-            float32 (f, 3, height, width): one frame of the first latent frame, `temporal_factor` of a later one.
+            float32 (f, 3, height, width): the frames of the latent frame.
         """
         when, self._when = self._when, "next"
-        features = self._vae[f"head_{when}"].infer({"latents": np.ascontiguousarray(latents)}, self._head)["features"]
+        features = self._vae[f"head_{when}"].infer({"latents": np.ascontiguousarray(latents[:, :, 0])}, self._head)[
+            "features"
+        ]
         tail = self._vae["tail"]
         frames = np.empty((len(features), COLOURS, *self._pixels), np.float32)
         for tile, state in zip(self._tiles, self._tails, strict=True):

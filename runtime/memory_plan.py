@@ -3,65 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
-from t2v_rt.engines.plans import holds, nearest_profile
-from t2v_rt.engines.specs import StateSpec
+from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
+from t2v_rt.runtime.family import family_of
+from t2v_rt.runtime.memory_estimates import (
+    FLOAT,
+    RGB,
+    StageMemory,
+    Way,
+    denoise_stage,
+    encode_stage,
+    on_card,
+)
+from t2v_rt.runtime.tiles import Grid
 
-FLOAT = 4
-RGB = 3 * FLOAT
-LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
-TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
-HEAD_COPIES = 25  # of the decoder's largest cache, what activations take in ONNX Runtime's arena, as measured: head,
-TAIL_COPIES = 18  # and tail; each session has an arena of its own, which keeps what it has taken
-SCORE_COPIES = 2  # of the head's attention: one pixel of the latents to each other, before and after the softmax
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}
 CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
-SHRINK = 0.9  # of height and width, from one try to the next
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """What one stage takes, in bytes.
-
-    Args:
-        name: `encode`, `denoise` or `decode`.
-        weights_bytes: of its component.
-        context_bytes: activations while it runs.
-        state_bytes: caches that stay from call to call.
-        io_bytes: latents, embeddings, features and frames at its engines' boundaries.
-        staging_bytes: pinned memory of the host, through which these come and go; not in any sum.
-    """
-
-    name: str
-    weights_bytes: int
-    context_bytes: int
-    state_bytes: int
-    io_bytes: int
-    staging_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The stages of a request, and how they share a budget.
+    """The stages of a request, and how they share a budget; made once for a call, which follows it to its end.
 
     Args:
         stages: in the order they run.
-        grid: tiles of the VAE decoder.
+        one_engine: the encode stage with one of its engines loaded at a time.
+        ways: to decode: the one that was chosen, then those that are tried where memory runs out all the same.
         parked_bytes: caches of tiles that wait in host memory for their turn; 0 where all stay on the device.
         budget_bytes: that they must keep to, or None.
+        one_batch: whether guidance makes both predictions of a step in one batch.
+        results_bytes: frames that a caller is given, held on the host beside the decode stage; in no stage's sum.
         reserve_bytes: of a card, for what is on it besides: the driver's own context, and a desktop.
         estimated: whether contexts are estimates; False where a builder told them.
         resident: whether weights stay loaded; otherwise each stage's are released when it ends.
@@ -69,21 +45,38 @@ class MemoryPlan:
     """
 
     stages: tuple[StageMemory, ...]
-    grid: Grid
+    one_engine: StageMemory
+    ways: tuple[Way, ...]
     parked_bytes: int
     budget_bytes: int | None
+    one_batch: bool = False
+    results_bytes: int = 0
     reserve_bytes: int = 0
     estimated: bool = True
     resident: bool = True
     streamed: bool = False
 
     @property
+    def grid(self) -> Grid:
+        """Tiles of the VAE decoder."""
+        return self.ways[0][0]
+
+    @property
     def peak_bytes(self) -> int:
         """The most that is held at once, the reserve included; engines that stay loaded keep their boundaries too."""
+        return self.reserve_bytes + self._weights_bytes + self.own_bytes if self.resident else self.least_bytes
+
+    @property
+    def _weights_bytes(self) -> int:
+        return sum(stage.weights_bytes for stage in self.stages)
+
+    @property
+    def own_bytes(self) -> int:
+        """What a run takes beside weights, which runs of one pipeline share."""
         if self.resident:
-            kept = sum(stage.weights_bytes + stage.io_bytes for stage in self.stages)
-            return self.reserve_bytes + kept + max(stage.context_bytes + stage.state_bytes for stage in self.stages)
-        return self.least_bytes
+            working = max(stage.context_bytes + stage.state_bytes for stage in self.stages)
+            return sum(stage.io_bytes for stage in self.stages) + working
+        return max(stage.total_bytes - stage.weights_bytes for stage in self.stages)
 
     @property
     def fits(self) -> bool:
@@ -94,17 +87,53 @@ class MemoryPlan:
         """What the largest stage takes when nothing else is kept loaded, the reserve included."""
         return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
 
-    def refusal(self, room: int, what: str, advice: str) -> str:
+    @property
+    def host_bytes(self) -> int:
+        """Likewise, with the results: what an engine on the CPU needs of the machine's memory."""
+        held = {"decode": self.results_bytes}
+        return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.stages)
+
+    def streaming(self) -> MemoryPlan:
+        """The plan that loads one of the text encoder's engines at a time."""
+        stages = tuple(self.one_engine if stage.name == self.one_engine.name else stage for stage in self.stages)
+        return replace(self, stages=stages, streamed=True)
+
+    def releasing(self) -> MemoryPlan:
+        """The plan that keeps nothing loaded from stage to stage."""
+        return replace(self.streaming(), resident=False)
+
+    def of_stage(self, name: str) -> MemoryPlan:
+        """The same plan of a run that has this stage only."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name == name))
+
+    def refusal(self, needed: int, room: int, what: str, advice: str) -> str:
         """Says that a request does not fit.
 
         Args:
+            needed: bytes.
             room: bytes that there are.
             what: they are.
             advice: of `advise`.
         """
         worst = max(self.stages, key=lambda stage: stage.total_bytes).name
-        needed = f"{self.least_bytes / 1e9:.3g} GB in {worst}"
-        return f"this request needs about {needed}, {what} is {room / 1e9:.3g} GB; {advice}"
+        return f"this request needs about {needed / 1e9:.3g} GB in {worst}, {what} is {room / 1e9:.3g} GB; {advice}"
+
+
+def together_bytes(plans: Sequence[MemoryPlan]) -> int:
+    """The most that runs of one pipeline hold at once; a component that several of them use is loaded once.
+
+    Args:
+        plans: of the runs; at least one.
+    """
+    if len(plans) == 1:
+        return plans[0].peak_bytes
+    weights: dict[str, int] = {}
+    for stage in (stage for plan in plans for stage in plan.stages):
+        weights[stage.name] = max(stage.weights_bytes, weights.get(stage.name, 0))
+    loaded = sorted(weights.values())
+    if not any(plan.resident for plan in plans):
+        loaded = loaded[-len(plans) :]  # for they are in as many stages at a time
+    return max(plan.reserve_bytes for plan in plans) + sum(loaded) + sum(plan.own_bytes for plan in plans)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -126,8 +155,9 @@ def make_plan(
     budget: int | None = None,
     grid: Grid | None = None,
     kept_frames: int = 0,
-    one_batch: bool = False,
+    batches: Sequence[bool] = (False,),
     room: int | None = None,
+    available: int | None = None,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -138,8 +168,10 @@ def make_plan(
         grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget. On a card, caches
             of tiles are parked in host memory where no grid keeps to it otherwise.
         kept_frames: frames that are held at once as float32 results.
-        one_batch: whether guidance makes both predictions of a step in one batch.
+        batches: whether guidance makes both predictions of a step in one batch, in the order that is preferred; the
+            first whose denoise stage fits is taken, the last where none does.
         room: without a budget, bytes from which on the text encoder is not kept loaded; None for no limit.
+        available: bytes of the machine's memory that the denoise stage must keep to as well, or None.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -147,223 +179,31 @@ def make_plan(
     Raises:
         RequestError: more tiles than there are features, or a grid that the engines were not built for.
     """
-    vae, (*_, height, width) = manifest.components["vae_decoder"], shape
-    latents = prod(shape) * FLOAT
-    denoise, estimated = _denoise_stage(manifest, shape, one_batch)
-    kept = 0 if on_card(manifest) else latents + kept_frames * prod(wan.video_size(manifest.model, shape)[:2]) * RGB
-    reserve = CARD_RESERVE if on_card(manifest) else 0
-    limit, ways = room if budget is None else budget, []
-    encode = _encode_stage(manifest, streamed=False)
-    for tiles, parks in decode_ways(manifest, grid):
-        decode, parked = decode_stage(vae, height, width, tiles, kept, parks)
-        ways.append(MemoryPlan((encode, denoise, decode), tiles, parked, budget, reserve, estimated))
+    card, limits = on_card(manifest), [limit for limit in (budget, available) if limit is not None]
+    reserve = CARD_RESERVE if card else 0
+    for one_batch in batches:
+        denoise, estimated = denoise_stage(manifest, shape, one_batch)
+        if all(reserve + denoise.total_bytes <= limit for limit in limits):
+            break
+    latents = 0 if card else prod(shape) * FLOAT
+    results = 0 if card else kept_frames * prod(manifest.model.video_size(shape)[:2]) * RGB
+    encode, one_engine = (encode_stage(manifest, streamed=flag) for flag in (False, True))
+    family = family_of(manifest.model)
+    ways, tried = family.decode_ways(manifest, grid), []
+    for i, way in enumerate(ways):
+        decode, parked = family.decode_memory(manifest, shape, way, latents)
+        stages = (encode, denoise, decode)
+        tried.append(
+            MemoryPlan(stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated)
+        )
         if budget is None or decode.total_bytes + reserve <= budget:
-            return _settled(ways[-1], manifest, limit)
-    return _settled(min(ways, key=lambda plan: plan.stages[-1].total_bytes), manifest, limit)
-
-
-def _settled(plan: MemoryPlan, manifest: Manifest, limit: int | None) -> MemoryPlan:
-    """The plan of loaded weights, with fewer of them loaded where they do not keep to the limit together."""
+            break
+    else:
+        tried.append(min(tried, key=lambda plan: plan.stages[-1].total_bytes))
+    plan, limit = tried[-1], room if budget is None else budget
     if limit is None or plan.peak_bytes <= limit:
         return plan
-    encode = _encode_stage(manifest, streamed=True)
-    return replace(plan, stages=(encode, *plan.stages[1:]), resident=plan.budget_bytes is None, streamed=True)
-
-
-def on_card(manifest: Manifest) -> bool:
-    """Whether a bundle's engines run on a card, with memory of its own."""
-    return manifest.backend != "onnxruntime"
-
-
-def decode_ways(manifest: Manifest, grid: Grid | None) -> list[tuple[Grid, bool]]:
-    """The ways to decode, in the order they are tried, each slower than the one before and most of them smaller.
-
-    Args:
-        manifest: of the bundle.
-        grid: the only one to use, or None.
-
-    Returns:
-        Tiles, and whether their caches are parked in host memory but for one tile's.
-
-    Raises:
-        RequestError: the engines were not built for that grid.
-    """
-    tiles = manifest.components["vae_decoder"].tiles
-    built_for = tiles.grids if tiles is not None else ()
-    if grid is not None and built_for and grid not in built_for:
-        known = ", ".join(f"{rows}x{columns}" for rows, columns in built_for)
-        raise RequestError(f"vae_tiles is {grid[0]}x{grid[1]}; the engines were built for {known}")
-    grids = [grid] if grid is not None else built_for or GRIDS
-    parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
-    return [(item, False) for item in grids] + [(item, True) for item in parkable]
-
-
-def _encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
-    """The encode stage, with all engines loaded or one at a time."""
-    encoder, model = manifest.components.get("text_encoder"), manifest.model
-    if encoder is None:
-        return StageMemory("encode", 0, 0, 0, 0)
-    sizes = {"batch": 1, "length": model.text_length}
-    text = model.text_length * model.text_dim * FLOAT
-    told = built_context(encoder, BLOCKS, sizes)
-    together = max if streamed else sum
-    weights = together(part.weights_bytes for part in encoder.parts)
-    if told is None:
-        return StageMemory("encode", weights, text, 0, 2 * text)
-    crossing = together(boundary_bytes(part, "", sizes) for part in encoder.parts)
-    return StageMemory("encode", weights, told, 0, crossing, crossing)
-
-
-def _denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) -> tuple[StageMemory, bool]:
-    """The denoise stage of latents of a shape (B, C, F, H, W), and whether its context is an estimate."""
-    model, denoiser = manifest.model, manifest.components["transformer"]
-    batch, _, frames, height, width = shape
-    text = 2 * batch * model.text_length * model.text_dim * FLOAT
-    sizes = {"batch": 1, "frames": frames, "height": height, "width": width}
-    told = built_context(denoiser, "model", sizes)
-    if told is not None:
-        crossing = boundary_bytes(denoiser, "model", sizes)
-        stage = StageMemory("denoise", denoiser.weights_bytes, told, 0, crossing + text, crossing)
-        return stage, not holds(manifest.profiles, *wan.video_size(model, shape))
-    calls = 2 * batch if one_batch else batch
-    tokens = prod(size // patch for size, patch in zip((frames, height, width), model.patch, strict=True))
-    context = calls * (model.heads * tokens * tokens + tokens * model.hidden_dim * TOKEN_COPIES) * FLOAT
-    latents = LATENT_COPIES * prod(shape) * FLOAT * calls // batch
-    return StageMemory("denoise", denoiser.weights_bytes, context, 0, latents + text), True
-
-
-def boundary_bytes(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of the inputs and outputs of a component's engines whose roles begin with `part`."""
-    return sum(spec.nbytes(sizes) for graph in _graphs(component, part) for spec in (*graph.inputs, *graph.outputs))
-
-
-def _graphs(component: ComponentSpec, part: str) -> list[GraphSpec]:
-    """The graphs of a component whose roles begin with `part`."""
-    return [graph for role, graph in component.graphs.items() if role.startswith(part)]
-
-
-def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
-    """What a builder told of the memory that a component's engines work in, one after another.
-
-    Args:
-        component: from the manifest.
-        part: its roles begin with it.
-        sizes: symbol -> size of the call.
-
-    Returns:
-        Bytes, of the profile nearest to those sizes, and in proportion where it does not hold them; None where the
-        engines are graphs, of which nothing is told.
-    """
-    contexts = []
-    for graph in _graphs(component, part):
-        if graph.plan is None:
-            return None
-        ranges = [profile.sizes for profile in graph.plan.profiles]
-        wanted = {name: sizes[name] for name in ranges[0]}
-        index, held = nearest_profile(ranges, wanted)
-        told = graph.plan.profiles[index].context_bytes
-        contexts.append(told * prod(wanted.values()) // prod(held.values()))
-    return max(contexts)
-
-
-def decode_stage(
-    vae: ComponentSpec, height: int, width: int, grid: Grid, kept: int, parks: bool
-) -> tuple[StageMemory, int]:
-    """The decode stage, and the bytes of caches that wait in host memory.
-
-    Args:
-        vae: from the manifest.
-        height: of the latents.
-        width: of the latents.
-        grid: of tiles.
-        kept: bytes that are held besides.
-        parks: whether the caches of all tiles but one wait in host memory.
-    """
-    assert vae.tiles is not None
-    rows, columns = height * vae.tiles.scale, width * vae.tiles.scale
-    tile = fed_length(rows, grid[0], vae.tiles), fed_length(columns, grid[1], vae.tiles)
-    whole_sizes, tile_sizes = {"height": height, "width": width}, {"height": tile[0], "width": tile[1]}
-    head, written = _state_bytes(vae, "head", whole_sizes)
-    tail, spare = _state_bytes(vae, "tail", tile_sizes)
-    count = grid[0] * grid[1]
-    crossing = boundary_bytes(vae, "head", whole_sizes) + boundary_bytes(vae, "tail", tile_sizes)
-    told = [built_context(vae, part, at) for part, at in (("head", whole_sizes), ("tail", tile_sizes))]
-    known = [context for context in told if context is not None]
-    guessed = (
-        HEAD_COPIES * _largest_state(vae, "head", whole_sizes)
-        + SCORE_COPIES * (height * width) ** 2 * FLOAT
-        + TAIL_COPIES * _largest_state(vae, "tail", tile_sizes)
-    )
-    decode = StageMemory(
-        "decode",
-        vae.weights_bytes,
-        max(known) if known else guessed,
-        head + written + (1 if parks else count) * tail + spare,
-        kept + crossing,
-        crossing if known else 0,
-    )
-    return decode, count * tail if parks else 0
-
-
-def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[int, int]:
-    """Bytes of one state, and of the buffers that a call writes before they become the state."""
-    states = _states(vae, part)
-    held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
-    written = {state.tensor.name for state in states if state.output is not None}
-    return sum(held.values()), sum(held[name] for name in written)
-
-
-def _largest_state(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
-    """Bytes of the largest tensor of a state."""
-    return max(state.tensor.nbytes(sizes) for state in _states(vae, part))
-
-
-def _states(vae: ComponentSpec, part: str) -> list[StateSpec]:
-    """The states of the graphs whose roles begin with `part`, of each graph."""
-    return [state for graph in _graphs(vae, part) for state in graph.states]
-
-
-def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
-    """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
-
-    One that the engines were built for, if there is any.
-
-    Args:
-        manifest: of the bundle.
-        height: in pixels, of the request that does not fit.
-        width: likewise.
-        num_frames: likewise.
-        budget: bytes.
-
-    Returns:
-        `height`, `width` and `num_frames`, or None where nothing fits.
-    """
-    sizes = list(_smaller(manifest, height, width, num_frames))
-    for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
-        if make_plan(manifest, wan.latent_shape(manifest.model, 1, *size), budget=budget).fits:
-            return dict(zip(("height", "width", "num_frames"), size, strict=True))
-    return None
-
-
-def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
-    """Says what `largest_fitting` found, and whether engines must be built for it."""
-    if best is None:
-        return "no video of this model fits"
-    built = "" if holds(manifest.profiles, **best) else ", by engines built for it"
-    return f"{best['width']}x{best['height']} with {best['num_frames']} frames would fit{built} (an estimate)"
-
-
-def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> Iterator[tuple[int, int, int]]:
-    """Sizes to try, in falling order: fewer frames first, then, at a single chunk of frames, smaller pictures."""
-    model = manifest.model
-    steps = (model.spatial_factor * model.patch[1], model.spatial_factor * model.patch[2])
-    for frames in range(num_frames, 0, -model.temporal_factor):
-        yield height, width, frames
-    while height > steps[0] or width > steps[1]:
-        height, width = (
-            max(step, int(side * SHRINK) // step * step) for side, step in zip((height, width), steps, strict=True)
-        )
-        yield height, width, 1 + model.temporal_factor
+    return plan.streaming() if budget is None else plan.releasing()
 
 
 def to_json(plan: MemoryPlan) -> dict[str, Any]:

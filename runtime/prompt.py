@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import locale
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,29 +45,19 @@ def check_text(name: str, text: str | None) -> None:
     )
 
 
-def clean_prompt(text: str) -> str:
-    """Repairs mis-decoded text, resolves HTML entities twice and collapses white space.
-
-    Source: `prompt_clean` of diffusers' `pipeline_wan.py`.
-    """
-    import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
-
-
 class PromptTokenizer:
     """The checkpoint's own tokenizer.
 
     Args:
         path: of `tokenizer.json`.
         max_length: tokens kept, the closing `</s>` among them.
+        clean: what is done to a prompt first.
 
     Raises:
         BundleError: the file cannot be read as a tokenizer.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, max_length: int, clean: Callable[[str], str]) -> None:
         name = native_name(path)
         try:
             self._tokenizer = Tokenizer.from_file(name)
@@ -78,6 +68,7 @@ class PromptTokenizer:
         self._complete = Tokenizer.from_str(self._tokenizer.to_str())
         self._tokenizer.enable_truncation(max_length)
         self.max_length = max_length
+        self._clean = clean
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids of a prompt, its own length, cut at `max_length` with a warning.
@@ -92,7 +83,7 @@ class PromptTokenizer:
             RequestError: it is no text, see `check_text`.
         """
         check_text("the prompt", text)
-        cleaned = clean_prompt(text)
+        cleaned = self._clean(text)
         ids = self._tokenizer.encode(cleaned).ids
         if len(ids) == self.max_length:
             total = len(self._complete.encode(cleaned).ids)

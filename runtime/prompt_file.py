@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.array_file import load_arrays, save_arrays
+from t2v_rt.runtime.family import family_of
 
 Array = NDArray[np.float32]
 PROMPT_EMBEDS = "prompt embeddings"  # as errors call what such a file keeps
@@ -50,7 +51,8 @@ def save_prompt(path: str | Path, embeds: PromptEmbeds, manifest: Manifest) -> N
         "prompt": embeds.prompt,
         "negative_prompt": embeds.negative_prompt,
     }
-    arrays = {name: _unpadded(getattr(embeds, name)[0]) for name in ARRAYS}
+    rule = family_of(manifest.model).text
+    arrays = {name: rule.unpadded(getattr(embeds, name)[0]) for name in ARRAYS}
     save_arrays(path, PROMPT_EMBEDS, arrays, settings)
 
 
@@ -71,23 +73,12 @@ def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
             f"{path} was made by the text encoder {encoder}, the bundle's is {manifest.encoder_id}; make it again with "
             "t2v-rt encode and a bundle of the same checkpoint"
         )
-    model = manifest.model
+    text, rule = manifest.model.text, family_of(manifest.model).text
     for array in arrays:
-        if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != model.text_dim:
+        if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != text.dim:
             raise RequestError(
-                f"{path} holds {array.dtype} {list(array.shape)}; expected float32 [positions, {model.text_dim}]"
+                f"{path} holds {array.dtype} {list(array.shape)}; expected float32 [positions, {text.dim}]"
             )
-        if len(array) > model.text_length or not np.all(np.isfinite(array)):
+        if len(array) > text.length or not np.all(np.isfinite(array)):
             raise RequestError(f"{path} is damaged: too many positions or values that are not finite; make it again")
-    return PromptEmbeds(prompt, negative_prompt, *(_padded(array, model.text_length) for array in arrays))
-
-
-def _unpadded(rows: Array) -> Array:
-    used = np.flatnonzero(np.any(rows != 0, axis=1))
-    return rows[: used[-1] + 1 if used.size else 0]
-
-
-def _padded(rows: Array, length: int) -> Array:
-    result = np.zeros((1, length, rows.shape[1]), np.float32)
-    result[0, : len(rows)] = rows
-    return result
+    return PromptEmbeds(prompt, negative_prompt, *(rule.padded(array, text.length)[None] for array in arrays))

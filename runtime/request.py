@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import Manifest, ModelSpec
+from t2v_rt.engines.manifest import Manifest
+from t2v_rt.engines.model import ModelSpec
 from t2v_rt.errors import RequestError, type_of
 from t2v_rt.numbers import as_flag, as_integer, as_number
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.diffusers_habits import advice
 from t2v_rt.runtime.guidance import WHOLE, Guidance
 from t2v_rt.runtime.noise import Generator, check_generators, check_seed, randn_for
@@ -191,9 +191,9 @@ def make_guidance(
 def check_latents(model: ModelSpec, latents: NDArray[Any]) -> Array:
     """Returns latents as float32 (B, C, F, h, w); raises RequestError where they are not the model's."""
     array = _floats("latents", latents, 5)
-    if array.shape[1] != model.latent_channels or 0 in array.shape:
+    if array.shape[1] != model.latents.channels or 0 in array.shape:
         raise RequestError(
-            f"latents has shape {list(array.shape)}; expected (videos, {model.latent_channels}, frames, …)"
+            f"latents has shape {list(array.shape)}; expected (videos, {model.latents.channels}, frames, …)"
         )
     return array
 
@@ -286,7 +286,7 @@ def _texts(
     negative_prompt_embeds: NDArray[Any] | None,
 ) -> tuple[int, dict[str, Any]]:
     """The number of prompts, and the request's fields about them: a negative one for each."""
-    dim = manifest.model.text_dim
+    dim = manifest.model.text.dim
     prompts, embeds = _text("prompt", prompt, prompt_embeds, dim)
     if not prompts and embeds is None:
         raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
@@ -348,7 +348,7 @@ def _sizes(
     height = _positive("height", height, manifest.defaults.height)
     width = _positive("width", width, manifest.defaults.width)
     num_frames = _positive("num_frames", num_frames, manifest.defaults.num_frames)
-    wan.check_size(manifest.model, height, width, num_frames)
+    manifest.model.check_size(height, width, num_frames)
     return height, width, num_frames
 
 
@@ -357,11 +357,11 @@ def _sizes_of(
 ) -> tuple[int, int, int]:
     """The video size that latents stand for; sizes given along with them must agree."""
     model = manifest.model
-    channels, sizes = latents.shape[1], wan.video_size(model, latents.shape)
+    channels, sizes, known = latents.shape[1], model.video_size(latents.shape), model.latents.channels
     asked = (height, width, num_frames)
-    if channels != model.latent_channels or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
+    if channels != known or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
         raise RequestError(
             f"latents {list(latents.shape)} are those of a {sizes[1]}x{sizes[0]} video of {sizes[2]} frames with "
-            f"{channels} channels; the request asks for another size, or the model has {model.latent_channels} channels"
+            f"{channels} channels; the request asks for another size, or the model has {known} channels"
         )
     return sizes

@@ -1,60 +1,33 @@
-"""What is particular to the Wan2.1 family at run time: sizes, the text encoder's extra input, the padded text."""
+"""Wan2.1 text-to-video at run time: what it does its own way with prompts, decoding and self-tests."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import ModelSpec
-from t2v_rt.errors import RequestError
+from t2v_rt.engines.contract import Component, Feeds
+from t2v_rt.engines.manifest import ComponentSpec, Manifest
+from t2v_rt.engines.model import ModelSpec, TextSpec
+from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.runtime.family import Call
+from t2v_rt.runtime.frame_decoder import FrameDecoder
+from t2v_rt.runtime.memory_estimates import StageMemory, Way, decode_stage, tile_ways
+from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.tiles import Grid
 
 Array = NDArray[np.float32]
-
-
-def check_size(model: ModelSpec, height: int, width: int, num_frames: int) -> None:
-    """Refuses sizes the model cannot make, naming the nearest it can.
-
-    Raises:
-        RequestError: height or width is no multiple of the patch, frames are not `k * temporal_factor + 1`, or an axis
-            has more patches than the model has positions.
-    """
-    for name, value, patch in (("height", height, model.patch[1]), ("width", width, model.patch[2])):
-        step = model.spatial_factor * patch
-        _check_grid(name, value, step, 0, step * model.max_patches)
-    limit = (model.patch[0] * model.max_patches - 1) * model.temporal_factor + 1
-    _check_grid("num_frames", num_frames, model.temporal_factor, 1, max(limit, 1))
-
-
-def _check_grid(name: str, value: int, step: int, offset: int, limit: int) -> None:
-    if value >= max(offset, 1) and (value - offset) % step == 0:
-        if value > limit:
-            raise RequestError(f"{name} is {value}; the model has positions for at most {limit}")
-        return
-    least = offset or step
-    below = max(least, (value - offset) // step * step + offset)
-    rule = f"a multiple of {step}" if offset == 0 else f"a multiple of {step} plus {offset}"
-    nearest = f"{below} or {below + step}" if value > least else f"{least}"
-    raise RequestError(f"{name} is {value}; expected {rule}: the nearest valid value is {nearest}")
-
-
-def latent_shape(model: ModelSpec, batch: int, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-    """Shape (B, C, F, H, W) of the latents of a video of that size."""
-    return (
-        batch,
-        model.latent_channels,
-        (num_frames - 1) // model.temporal_factor + 1,
-        height // model.spatial_factor,
-        width // model.spatial_factor,
-    )
-
-
-def video_size(model: ModelSpec, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Height, width in pixels and frames of the video that latents of a shape (B, C, F, H, W) stand for."""
-    _, _, frames, height, width = shape
-    return height * model.spatial_factor, width * model.spatial_factor, (frames - 1) * model.temporal_factor + 1
+BIAS = "encoder_attention_bias"  # an input of denoisers whose text has its own length
+# of a self-test: the prompt's tokens, the latents' size, the timestep
+TOKENS = 8
+ROWS, COLUMNS, FRAMES = 4, 6, 2
+TIMESTEP = 500.0
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> NDArray[np.int64]:
@@ -123,21 +96,116 @@ def text_context(prompt_embeds: Array) -> TextContext:
     return TextContext(np.ascontiguousarray(prompt_embeds[:, :rows]), bias)
 
 
-def denormalize(model: ModelSpec, latents: Array) -> Array:
-    """Latents of the denoiser -> latents of the VAE, (B, C, …): z * std + mean per channel."""
-    shape = (1, -1) + (1,) * (latents.ndim - 2)
-    # divided by 1/std, as the reference rounds it
-    scale = np.float32(1.0) / np.asarray(model.latents_std, np.float32).reshape(shape)
-    return latents / scale + np.asarray(model.latents_mean, np.float32).reshape(shape)
+def joined(contexts: Sequence[TextContext]) -> TextContext:
+    """Contexts of different lengths as one batch; the rows that the shorter ones lack are hidden from attention."""
+    rows = max(context.embeds.shape[1] for context in contexts)
+    lacking = [rows - context.embeds.shape[1] for context in contexts]
+    return TextContext(
+        np.concatenate([np.pad(c.embeds, ((0, 0), (0, n), (0, 0))) for c, n in zip(contexts, lacking, strict=True)]),
+        np.concatenate(
+            [np.pad(c.bias, ((0, 0), (0, n)), constant_values=-np.inf) for c, n in zip(contexts, lacking, strict=True)]
+        ),
+    )
 
 
-def to_unit_range(frames: Array) -> Array:
-    """Decoder output (F, 3, H, W), nominally in [-1, 1] -> frames (F, H, W, 3) in [0, 1]."""
-    unit = np.clip(np.clip(frames, -1.0, 1.0) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-    return np.ascontiguousarray(unit.transpose(0, 2, 3, 1))
+@dataclass(frozen=True)
+class WanText:
+    """Positions past a prompt are zeros; the denoiser attends to all of them."""
+
+    def clean(self, text: str) -> str:
+        """Repairs mis-decoded text, resolves HTML entities twice and collapses white space.
+
+        Source: `prompt_clean` of diffusers' `pipeline_wan.py`.
+        """
+        import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
+
+        return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+    def feeds(self, spec: TextSpec, length: int) -> Feeds:
+        return {"relative_buckets": relative_buckets(length, spec.relative_buckets, spec.relative_max_distance)}
+
+    def padded(self, rows: Array, length: int) -> Array:
+        return np.pad(rows, ((0, length - len(rows)), (0, 0)))
+
+    def unpadded(self, rows: Array) -> Array:
+        used = np.flatnonzero(np.any(rows != 0, axis=1))
+        return rows[: used[-1] + 1 if used.size else 0]
+
+    def inputs(self, specs: Sequence[TensorSpec], embeds: Sequence[Array]) -> dict[str, Array]:
+        """An engine of fixed shapes takes all padded positions, any other as few rows as there are and their bias."""
+        if all(spec.name != BIAS for spec in specs):
+            return {"encoder_hidden_states": embeds[0] if len(embeds) == 1 else np.concatenate(embeds)}
+        context = joined([text_context(item) for item in embeds])
+        return {"encoder_hidden_states": context.embeds, BIAS: context.bias}
 
 
-def to_uint8(frames: Array) -> NDArray[np.uint8]:
-    """Frames in [0, 1] -> 0..255, rounded to nearest as diffusers' `numpy_to_pil`."""
-    levels: NDArray[np.uint8] = np.rint(frames * np.float32(255.0)).astype(np.uint8)
-    return levels
+@dataclass(frozen=True)
+class Wan:
+    """The family."""
+
+    text: WanText = WanText()
+
+    def decode_ways(self, manifest: Manifest, grid: Grid | None) -> list[Way]:
+        return tile_ways(manifest, grid)
+
+    def decode_memory(self, manifest: Manifest, shape: tuple[int, ...], way: Way, kept: int) -> tuple[StageMemory, int]:
+        *_, height, width = shape
+        return decode_stage(manifest.components["vae_decoder"], height, width, *way, kept)
+
+    def open_decoder(self, vae: Component, shape: tuple[int, ...], way: Way) -> FrameDecoder:
+        *_, height, width = shape
+        return FrameDecoder(vae, height, width, *way)
+
+    def self_test(
+        self, name: str, component: Component, model: ModelSpec, built: ComponentSpec, results: Sequence[NDArray[Any]]
+    ) -> Iterator[Call]:
+        """The text encoder's engines, one denoiser call, and the VAE's first two latent frames.
+
+        On latents that are the same everywhere all tokens stay alike through every layer of the denoiser, because
+        whatever weights attention gives to equal values, their mean is that value: one token alone has the same answer.
+        """
+        noise = Generator(0)
+        if name == "text_encoder":
+            beside = self.text.feeds(model.text, TOKENS)
+            for role in component:  # all are fed alike: what one gives would carry its error into the next
+                hidden = Generator(0).randn((1, TOKENS, model.text.dim))
+                yield Call(role, {"hidden_states": hidden, **beside}, component[role].outputs[0].name)
+        elif name == "transformer":
+            yield Call("model", self._denoiser_feeds(component, model, built, noise), "noise_pred")
+        else:
+            rows, columns = _sizes(built, "head_first", ("height", "width"), (ROWS, COLUMNS))
+            fed = _sizes(built, "tail", ("height", "width"), (rows * _scale(built), columns * _scale(built)))
+            for when in ("first", "next"):
+                latents = noise.randn((1, model.latents.channels, rows, columns))
+                yield Call(f"head_{when}", {"latents": latents}, "features")
+                yield Call("tail", {"features": results[-1][:1, :, : fed[0], : fed[1]]}, "frames")
+
+    def _denoiser_feeds(
+        self, component: Component, model: ModelSpec, built: ComponentSpec, noise: Generator
+    ) -> dict[str, NDArray[Any]]:
+        """Noise; of a plan, latents that are the same everywhere, and for its reference one token of them."""
+        text = np.zeros((1, model.text.length, model.text.dim), np.float32)
+        text[:, :TOKENS] = noise.randn((1, TOKENS, model.text.dim))
+        if built.graphs["model"].plan is None:
+            latents = noise.randn((1, model.latents.channels, FRAMES, ROWS, COLUMNS))
+        else:
+            values = noise.randn((1, model.latents.channels, *model.patch))
+            plan = component["model"].spec.plan
+            sizes = model.patch if plan is None else _sizes(built, "model", ("frames", "height", "width"), model.patch)
+            latents = np.tile(values, [1, 1, *(size // of for size, of in zip(sizes, model.patch, strict=True))])
+        text_inputs = self.text.inputs(component["model"].inputs, [text])
+        return {"hidden_states": latents, "timestep": np.array([TIMESTEP]), **text_inputs}
+
+
+def _sizes(built: ComponentSpec, role: str, names: Sequence[str], free: Sequence[int]) -> list[int]:
+    """The sizes that a plan is tuned for in its last profile, that of the smallest tiles; `free` of a graph."""
+    plan = built.graphs[role].plan
+    return list(free) if plan is None else [plan.profiles[-1].sizes[name].opt for name in names]
+
+
+def _scale(built: ComponentSpec) -> int:
+    assert built.tiles is not None
+    return built.tiles.scale
+
+
+FAMILY = Wan()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from t2v_rt.engines.backends import check_backend
 from t2v_rt.engines.bundle import Bundle, Stamps, check_bundle_place, open_bundle, read_manifest, write_manifest
-from t2v_rt.engines.manifest import ComponentSpec, EmbeddingSpec, Manifest
+from t2v_rt.engines.manifest import ComponentSpec, EmbeddingSpec, Manifest, from_plain
 from t2v_rt.engines.outputs import check_apart
 from t2v_rt.engines.plans import Sizes
 from t2v_rt.engines.tensorrt_library import check_targets
@@ -183,7 +183,7 @@ def _build(job: BuildJob, parts: Sequence[Part], manifest: Manifest, work: Work,
         for part in (part for part in parts if part.component == name):
             told(part.name)
             made = work.part(part.name, partial(job.build_part, part, work, partial(told, part.name)))
-            specs.append(ComponentSpec.from_json(made))
+            specs.append(from_plain(made, ComponentSpec))
         components[name] = ComponentSpec.joined(specs)
         told(f"self_test.{name}")
         if job.can_run_reference(name, components[name], work.bundle):
@@ -231,13 +231,12 @@ def _check_request(manifest: Manifest) -> None:
     """The defaults must make a valid request and the scheduler a known one, or the bundle could not be used."""
     from t2v_rt.runtime.request import make_request
     from t2v_rt.runtime.schedulers import get_scheduler
-    from t2v_rt.runtime.wan import check_size
 
     make_request(manifest, prompt="", seed=0)
     for profile in manifest.profiles:
         for bound in ("min", "opt", "max"):
             sizes = (profile.height, profile.width, profile.num_frames)
-            check_size(manifest.model, *(int(getattr(size, bound)) for size in sizes))
+            manifest.model.check_size(*(int(getattr(size, bound)) for size in sizes))
     get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import get_backend
-from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec
+from t2v_rt.engines.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec, to_plain
 from t2v_rt.engines.plans import Range, Sizes, VideoProfile, parse_profiles
 from t2v_rt.engines.tensorrt_library import load_library
 from t2v_rt.engines.work import Work
@@ -143,7 +143,7 @@ class BuildJob:
             "targets": self.targets,
             "text_weights": self.text_weights,
             "components": self.names,
-            "profiles": [profile.to_json() for profile in profiles],
+            "profiles": to_plain(profiles),
             "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
             "code": code.hexdigest(),
             "versions": {**builder, **_versions("onnxruntime")},
@@ -199,14 +199,14 @@ class BuildJob:
     def build_part(self, part: Part, work: Work, report: Report) -> Result:
         """Makes the engines of a part; returns its component spec as JSON."""
         if not self.makes_plans:
-            return self._export(part, work.bundle).to_json()
+            return dict(to_plain(self._export(part, work.bundle)))
         from t2v_rt.engines.tensorrt_builder import PlanBuilder
         from t2v_rt.inspect import count_nodes
 
         spec = self._export(part, work.scratch)
         nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
         builder = PlanBuilder(self.backend, self.targets)
-        return builder.build_component(work.scratch, work.bundle, spec, part.ranges, nodes, report).to_json()
+        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, part.ranges, nodes, report)))
 
     def copy_embedding(self, work: Work) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from t2v_rt.engines import platform
 from t2v_rt.engines.outputs import check_apart
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
+from t2v_rt.runtime.frames import to_uint8
 from t2v_rt.runtime.pipeline import StepCallback, TextToVideoPipeline
 from t2v_rt.runtime.prompt import check_text
 from t2v_rt.runtime.prompt_file import PromptEmbeds, load_prompt
@@ -165,7 +165,7 @@ def _preview_writer(path: Path) -> StepCallback:
     """A step callback that writes the video as it stands: one image for each latent frame, in the video's size."""
 
     def write(pipe: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
-        frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.spatial_factor
+        frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.latents.spatial_factor
         write_png(path, contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS))
 
     return write
@@ -190,8 +190,8 @@ def _sample_only(
 def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
     (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), "t2v-rt generate … --save-latents")
     model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
-    if not known or latents.shape != wan.latent_shape(
-        model, 1, settings["height"], settings["width"], settings["num_frames"]
+    if not known or latents.shape != model.latent_shape(
+        1, settings["height"], settings["width"], settings["num_frames"]
     ):
         raise RequestError(f"{path}: latents of shape {list(latents.shape)} are not this model's; use its own bundle")
     return latents.astype(np.float32, copy=False), settings
@@ -199,7 +199,7 @@ def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.floa
 
 def _decoded(pipe: TextToVideoPipeline, latents: NDArray[np.float32], progress: Progress) -> Iterator[Frame]:
     for chunk in pipe.decode(latents, progress):
-        yield from wan.to_uint8(chunk)
+        yield from to_uint8(chunk)
 
 
 def _write(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines.bundle import open_bundle
-from t2v_rt.engines.manifest import GraphSpec
+from t2v_rt.engines.manifest import GraphSpec, from_plain
 from t2v_rt.engines.plans import VideoProfile
 
 
@@ -53,14 +53,14 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     if report["targets"]:
         built = ", ".join(f"{name} {version}" for name, version in report["builder"].items())
         lines += [f"GPUs       {', '.join(report['targets'])}", f"built by   {built}"]
-    lines += [f"videos     {VideoProfile.from_json(profile)}" for profile in report["profiles"]]
+    lines += [f"videos     {from_plain(profile, VideoProfile)}" for profile in report["profiles"]]
     for name, fields in report["components"].items():
         lines.append(f"{name}  {fields['weights_bytes'] / 1e6:.1f} MB of weights, {fields['precision']}")
         if (table := fields["embedding"]) is not None:
             size = f"{table['dtype']}[{table['rows']}, {table['columns']}]"
             lines.append(f"  embedding  {table['path']}, {size}, on the host")
         for role, raw in fields["graphs"].items():
-            lines += _describe_graph(role, GraphSpec.from_json(raw), report["nodes"].get(raw["path"], {}))
+            lines += _describe_graph(role, from_plain(raw, GraphSpec), report["nodes"].get(raw["path"], {}))
     return lines
 
 

@@ -12,8 +12,8 @@ from t2v_rt.engines.bundle import open_bundle
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.engines.outputs import check_file
 from t2v_rt.errors import T2VError
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan, parse_bytes, to_json
+from t2v_rt.runtime.memory_advice import advise, largest_fitting
+from t2v_rt.runtime.memory_plan import make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
 from t2v_rt.runtime.tiles import parse_grid
 
@@ -72,7 +72,7 @@ def plan_request(
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, wan.latent_shape(manifest.model, 1, *size), budget=budget, grid=grid)
+    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
     report = {
         "backend": manifest.backend,
         "height": size[0],

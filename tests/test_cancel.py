@@ -89,7 +89,7 @@ def test_a_stream_ends_at_the_next_chunk(pipe: TextToVideoPipeline, fresh: Any) 
 
 def test_between_the_two_calls_of_a_step(pipe: TextToVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     cancel, calls = threading.Event(), []
-    component = pipe.stages.component("transformer")
+    component = pipe.stages.components.get("transformer")
     infer = component["model"].infer
 
     def watched(feeds: Any) -> Any:
@@ -99,7 +99,7 @@ def test_between_the_two_calls_of_a_step(pipe: TextToVideoPipeline, monkeypatch:
 
     monkeypatch.setattr(component["model"], "infer", watched)
     embeds = pipe.encode_prompt(["a ball"])
-    denoiser = Denoiser(component, Prompts(embeds, embeds), False, cancel)
+    denoiser = Denoiser(component, pipe.stages.text, Prompts(embeds, embeds), False, cancel)
     with pytest.raises(CancelledError):
         denoiser.predict(np.zeros((1, 4, 1, 4, 4), np.float32), 500.0, 2)
     assert calls == [1]
@@ -112,7 +112,7 @@ def test_a_small_budget_releases_what_was_cancelled(narrow: Tiny, fresh: Any) ->
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=largest)
     cancel = threading.Event()
     cancelled(pipe, cancel, progress=lambda stage, done, total: cancel.set() if stage == "decode" else None)
-    assert not pipe.stages._components
+    assert not pipe.stages.components.loaded
     assert np.array_equal(pipe("a red ball", **REQUEST).frames, fresh)
 
 

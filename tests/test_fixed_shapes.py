@@ -19,8 +19,8 @@ from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
 from t2v_rt.runtime import self_test
-from t2v_rt.runtime import wan as runtime_wan
-from t2v_rt.runtime.memory_plan import advise, largest_fitting, make_plan
+from t2v_rt.runtime.memory_advice import advise, largest_fitting
+from t2v_rt.runtime.memory_plan import make_plan
 from t2v_rt.verify import verify
 from tests.conftest import Tiny
 
@@ -68,14 +68,14 @@ def test_tiles_that_the_engines_were_built_for(fixed: Bundle) -> None:
     tiles = fixed.manifest.components["vae_decoder"].tiles
     assert tiles is not None
     assert tiles.grids == ((1, 1), (2, 2), (3, 4))
-    shape = (1, fixed.manifest.model.latent_channels, 2, HEIGHT // 8, WIDTH // 8)
+    shape = (1, fixed.manifest.model.latents.channels, 2, HEIGHT // 8, WIDTH // 8)
     with pytest.raises(RequestError, match="vae_tiles is 2x3; the engines were built for 1x1, 2x2, 3x4"):
         make_plan(fixed.manifest, shape, grid=(2, 3))
 
 
 def test_a_card_parks_what_does_not_fit(fixed: Bundle) -> None:
     card = replace(fixed.manifest, backend="tensorrt-rtx")
-    shape = (1, card.model.latent_channels, 2, HEIGHT // 8, WIDTH // 8)
+    shape = (1, card.model.latents.channels, 2, HEIGHT // 8, WIDTH // 8)
     free = make_plan(card, shape)
     assert (free.grid, free.parked_bytes) == ((1, 1), 0)
     tight = make_plan(card, shape, budget=1)
@@ -98,8 +98,8 @@ def test_sizes_that_engines_were_not_built_for_are_estimated(fixed: Bundle) -> N
         }
         components[name] = replace(spec, graphs=graphs)
     card = replace(fixed.manifest, backend="tensorrt-rtx", components=components)
-    at = make_plan(card, runtime_wan.latent_shape(card.model, 1, HEIGHT, WIDTH, FRAMES))
-    below = make_plan(card, runtime_wan.latent_shape(card.model, 1, HEIGHT, WIDTH, 1))
+    at = make_plan(card, card.model.latent_shape(1, HEIGHT, WIDTH, FRAMES))
+    below = make_plan(card, card.model.latent_shape(1, HEIGHT, WIDTH, 1))
     assert not at.estimated
     assert at.stages[1].context_bytes == told["transformer"]
     assert below.estimated
@@ -146,7 +146,7 @@ def test_other_sizes_are_refused(fixed: Bundle) -> None:
     pipe = TextToVideoPipeline.from_pretrained(fixed.folder)
     with pytest.raises(RequestError, match="the nearest video they make is 96x64 with 5 frames"):
         pipe("a red ball", seed=1, height=64, width=64, num_frames=5)
-    embeds = np.zeros((1, 4, fixed.manifest.model.text_dim), np.float32)
+    embeds = np.zeros((1, 4, fixed.manifest.model.text.dim), np.float32)
     with pytest.raises(
         EngineError, match=r"encoder_hidden_states' is float32 \[1, 4, 24\]; expected float32 \[batch, 512"
     ):

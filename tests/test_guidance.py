@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from t2v_rt import RequestError, TextToVideoPipeline
-from t2v_rt.runtime.denoiser import joined, one_batch_is_faster
+from t2v_rt.runtime.denoiser import one_batch_is_faster
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.wan import text_context
+from t2v_rt.runtime.wan import joined, text_context
 from tests.conftest import Tiny
 
 BATCH_TOLERANCE = 1e-5  # on latents of size 1; one batch may sum in another order than two calls
@@ -113,7 +113,9 @@ def test_two_calls_where_one_batch_does_not_fit(narrow: Tiny) -> None:
     # 484 tokens, so narrow that denoising takes more memory than decoding
     size: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 481, "num_inference_steps": 1}
     assert pipe.stream("a red ball", **size).settings["guidance_batch"] is True
-    pipe.vram_budget = 4_000_000  # the estimate is 3.1 MB for two calls, 5.9 MB for one batch
+    pipe = TextToVideoPipeline.from_pretrained(
+        narrow.bundle, vram_budget=4_000_000
+    )  # the estimate is 3.1 MB for two calls, 5.9 MB for one batch
     assert pipe.stream("a red ball", **size).settings["guidance_batch"] is False
     with pytest.raises(RequestError, match="in denoise, the budget"):
         pipe.stream("a red ball", guidance_batch=True, **size)

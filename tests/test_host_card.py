@@ -19,7 +19,8 @@ from t2v_rt.cli import main
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.plans import PlanSpec
 from t2v_rt.errors import OutOfMemoryError
-from t2v_rt.runtime import memory_plan
+from t2v_rt.runtime.memory_estimates import decode_stage
+from t2v_rt.runtime.memory_plan import make_plan, together_bytes
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
 from tests.host_card import HostCuda, HostLibrary, plans_by_hash
@@ -30,7 +31,7 @@ HEIGHT, WIDTH, FRAMES = 192, 256, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
 SEVERAL: dict[str, Any] = {"height": "64,128", "width": 64, "num_frames": "9,5:9"}
 STEPS = 4
-REQUEST = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
+REQUEST: dict[str, Any] = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
 SHAPE = (1, 4, 3, HEIGHT // 8, WIDTH // 8)  # of the latents
 ROOM = 10**9
 SAME_VIDEO = 2e-2  # mean difference of frames in [0, 1]: half operands, summed in another order over a few steps
@@ -132,8 +133,8 @@ def test_parked_caches(plans: Bundle, insert: Insert) -> None:
     with run(plans, vae_tiles="2x2") as pipe:
         latents = pipe("a red ball", output_type="latent", **REQUEST).frames  # type: ignore[arg-type]
         free = np.concatenate(list(pipe.decode(latents)))
-        with pipe.stages.stage("vae_decoder") as vae:
-            parked = np.concatenate(list(pipe.stages._frames(vae, latents, (2, 2), True, 0, None)))
+        vae = pipe.stages.components.get("vae_decoder")
+        parked = np.concatenate(list(pipe.stages.frames(vae, latents, ((2, 2), True))))
     assert np.array_equal(free, parked)
 
 
@@ -164,13 +165,14 @@ def test_kernels_are_compiled_once(plans: Bundle, insert: Insert) -> None:
 @pytest.mark.parametrize("parks", [False, True])
 def test_a_decode_takes_what_was_planned(plans: Bundle, insert: Insert, tiles: tuple[int, int], parks: bool) -> None:
     library = insert(ROOM)
-    with run(plans) as pipe, pipe.stages.stage("vae_decoder") as vae:  # which tests the engines as well
+    with run(plans) as pipe:
+        vae = pipe.stages.components.get("vae_decoder")  # which tests the engines as well
         latents = Generator(0).randn(SHAPE)
         gc.collect()
         library.cuda.peak = 0
-        for _ in pipe.stages._frames(vae, latents, tiles, parks, 0, None):
+        for _ in pipe.stages.frames(vae, latents, (tiles, parks)):
             pass
-        planned, _ = memory_plan.decode_stage(vae.spec, *SHAPE[-2:], tiles, 0, parks and tiles != (1, 1))
+        planned, _ = decode_stage(vae.spec, *SHAPE[-2:], tiles, parks and tiles != (1, 1), 0)
         assert library.cuda.peak == planned.total_bytes
 
 
@@ -178,7 +180,7 @@ def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:  # tests the engines
         pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
-        plan = pipe.stages.plan(SHAPE, kept_frames=0, one_batch=False)
+        plan = make_plan(pipe.manifest, SHAPE)
     least = plan.least_bytes
     for budget, most in ((None, plan.peak_bytes), (least, least)):
         with run(plans, vram_budget=budget) as pipe:
@@ -190,12 +192,34 @@ def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
     assert least < plan.peak_bytes
 
 
+def test_two_streams_take_what_was_planned_for_both(plans: Bundle, insert: Insert) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe:  # tests the engines
+        expected = pipe("a red ball", output_type="uint8", **REQUEST).frames[0]  # type: ignore[arg-type]
+        plan = make_plan(pipe.manifest, SHAPE)
+    for both in ([plan] * 2, [plan, plan.releasing()]):
+        with run(plans, vram_budget=together_bytes(both)) as pipe:
+            library.cuda.peak = 0
+            streams = [pipe.stream("a red ball", output_type="uint8", **REQUEST) for _ in range(2)]
+            videos = [np.stack(frames) for frames in zip(*zip(*streams, strict=True), strict=True)]
+            assert all(np.array_equal(video, expected) for video in videos)
+            assert library.cuda.peak <= together_bytes(both) - plan.reserve_bytes
+            assert library.cuda.peak > (together_bytes(both) - plan.reserve_bytes) / 2
+            streams.clear()
+    with run(plans, vram_budget=together_bytes([plan, plan.releasing()]) - 1) as pipe:
+        streams = [pipe.stream("a red ball", **REQUEST) for _ in range(2)]
+        next(streams[0])
+        with pytest.raises(RequestError, match="1 that this thread has begun"):
+            next(streams[1])
+        streams.clear()
+
+
 def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureFixture) -> None:
     library = insert(ROOM)
     latents = Generator(0).randn(SHAPE)
     with run(plans, vae_tiles="1x1") as pipe:
         expected = np.concatenate(list(pipe.decode(latents)))
-        pipe.stages.release("vae_decoder")
+        pipe.stages.components.release("vae_decoder")
         gc.collect()
         library.cuda.peak = 0
         list(pipe.decode(latents))
@@ -207,7 +231,7 @@ def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureF
         assert caplog.text.count("decoding again in 2x2 tiles") == caplog.text.count("decoding again") == 1
         assert np.abs(found - expected).max() < SAME_VIDEO
         library.cuda.capacity = whole // 100
-        pipe.stages.release("vae_decoder")
+        pipe.stages.components.release("vae_decoder")
         with pytest.raises(OutOfMemoryError, match=r"out of memory|OutOfMemory") as caught:
             list(pipe.decode(latents))
         del caught  # and with it what the failed call had allocated
@@ -216,7 +240,7 @@ def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureF
 def test_what_the_library_refuses_is_told(plans: Bundle, insert: Insert, monkeypatch: pytest.MonkeyPatch) -> None:
     insert(ROOM)
     with run(plans) as pipe:
-        engine = pipe.stages.component("transformer").engines["model"]
+        engine = pipe.stages.components.get("transformer").engines["model"]
         sizes = {"batch": 1, "frames": SHAPE[2], "height": SHAPE[3], "width": SHAPE[4]}
         feeds = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in engine.inputs}
         monkeypatch.setattr("t2v_rt.engines.backend_tensorrt.choose_profile", lambda *_: 5)

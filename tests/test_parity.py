@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.runtime import wan
+from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tests.conftest import Tiny
 
@@ -58,17 +59,17 @@ def test_prompt_embeddings_match(tiny: Tiny, ours: TextToVideoPipeline, prompt: 
 def test_denoiser_call_matches(tiny: Tiny, ours: TextToVideoPipeline, frames: int, height: int, width: int) -> None:
     rng = np.random.default_rng(frames)
     model = ours.manifest.model
-    latents = rng.standard_normal((2, model.latent_channels, frames, height, width)).astype(np.float32)
+    latents = rng.standard_normal((2, model.latents.channels, frames, height, width)).astype(np.float32)
     timestep = np.array([999.0, 312.5], np.float32)
-    embeds = np.zeros((2, 512, model.text_dim), np.float32)
+    embeds = np.zeros((2, 512, model.text.dim), np.float32)
     for row, length in zip(embeds, (3, 11), strict=True):  # prompts of different lengths in one batch
-        row[:length] = rng.standard_normal((length, model.text_dim))
+        row[:length] = rng.standard_normal((length, model.text.dim))
     with torch.no_grad():
         expected = tiny.reference.transformer(
             torch.from_numpy(latents), torch.from_numpy(timestep), torch.from_numpy(embeds), return_dict=False
         )[0].numpy()
     context = wan.text_context(embeds)
-    found = ours.stages.component("transformer")["model"].infer(
+    found = ours.stages.components.get("transformer")["model"].infer(
         {
             "hidden_states": latents,
             "timestep": timestep,
@@ -82,10 +83,10 @@ def test_denoiser_call_matches(tiny: Tiny, ours: TextToVideoPipeline, frames: in
 
 def test_each_vae_chunk_and_the_whole_decode_match(tiny: Tiny, ours: TextToVideoPipeline) -> None:
     model = ours.manifest.model
-    latents = np.random.default_rng(5).standard_normal((1, model.latent_channels, 4, 6, 4)).astype(np.float32)
+    latents = np.random.default_rng(5).standard_normal((1, model.latents.channels, 4, 6, 4)).astype(np.float32)
     vae = tiny.reference.vae
     with torch.no_grad():
-        z = torch.from_numpy(wan.denormalize(model, latents))
+        z = torch.from_numpy(denormalize(model.latents, latents))
         whole = vae.decode(z, return_dict=False)[0][0].permute(1, 2, 3, 0).numpy() / 2 + 0.5
     chunks = list(ours.decode(latents))
     assert [len(chunk) for chunk in chunks] == [1, 4, 4, 4]

@@ -185,27 +185,27 @@ def test_a_schedule_of_ones_own(pipe: TextToVideoPipeline) -> None:
 def test_prompts_are_encoded_once(narrow: Tiny) -> None:
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle)
     pipe("a ball", "lazy", seed=1)
-    pipe.stages.release("text_encoder")
+    pipe.stages.components.release("text_encoder")
     pipe("a ball", "lazy", seed=2)
-    assert "text_encoder" not in pipe.stages._components
+    assert "text_encoder" not in pipe.stages.components.loaded
     pipe("a cat", "lazy", seed=2)
-    assert "text_encoder" in pipe.stages._components
+    assert "text_encoder" in pipe.stages.components.loaded
 
 
 def test_a_small_budget_releases_each_stage(narrow: Tiny) -> None:
     unlimited = TextToVideoPipeline.from_pretrained(narrow.bundle, prompt_cache=False)
     expected = unlimited("a ball", seed=1).frames
-    assert set(unlimited.stages._components) == set(unlimited.manifest.components)
+    assert set(unlimited.stages.components.loaded) == set(unlimited.manifest.components)
     plan = unlimited.plan(unlimited.stream("a ball", seed=1).request)
     assert plan.resident
     largest = max(stage.total_bytes for stage in plan.stages)
     assert largest < plan.peak_bytes
     tight = TextToVideoPipeline.from_pretrained(narrow.bundle, prompt_cache=False, vram_budget=largest)
     assert np.array_equal(tight("a ball", seed=1).frames, expected)
-    assert not tight.stages._components
+    assert not tight.stages.components.loaded
     roomy = TextToVideoPipeline.from_pretrained(narrow.bundle, prompt_cache=False, vram_budget=plan.peak_bytes)
     assert np.array_equal(roomy("a ball", seed=1).frames, expected)
-    assert set(roomy.stages._components) == set(unlimited.manifest.components)
+    assert set(roomy.stages.components.loaded) == set(unlimited.manifest.components)
 
 
 def test_threads_do_not_mix(pipe: TextToVideoPipeline) -> None:
@@ -235,7 +235,7 @@ def test_a_call_leaves_the_pipeline_as_it_was(pipe: TextToVideoPipeline) -> None
 def test_closing_and_calling_again(narrow: Tiny) -> None:
     with TextToVideoPipeline.from_pretrained(narrow.bundle) as pipe:
         expected = pipe("a ball", seed=1).frames
-        engine = pipe.stages.component("transformer")["model"]
+        engine = pipe.stages.components.get("transformer")["model"]
     with pytest.raises(EngineError, match="closed"):
         engine.infer({spec.name: _zeros(spec) for spec in engine.inputs})
     assert np.array_equal(pipe("a ball", seed=1).frames, expected)

@@ -61,7 +61,7 @@ def test_the_pipeline_follows_the_plan(narrow: Tiny) -> None:
 
 def test_one_batch_takes_more(narrow: Tiny) -> None:
     manifest = TextToVideoPipeline.from_pretrained(narrow.bundle).manifest
-    two, one = (make_plan(manifest, (1, 4, 3, 8, 8), one_batch=flag).stages[1] for flag in (False, True))
+    two, one = (make_plan(manifest, (1, 4, 3, 8, 8), batches=(flag,)).stages[1] for flag in (False, True))
     assert one.context_bytes == 2 * two.context_bytes
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from t2v_rt.engines.manifest import from_plain, to_plain
 from t2v_rt.engines.plans import PlanProfile, PlanSpec, Range, VideoProfile, nearest_profile, parse_profiles
 from t2v_rt.errors import RequestError
 
@@ -50,9 +51,9 @@ def test_the_nearest_profile() -> None:
 
 def test_plans_survive_the_manifest() -> None:
     spec = PlanSpec((PlanProfile({"height": Range(1, 2, 3)}, 5), PlanProfile({"height": Range.of(9)}, 6)), 7, True)
-    assert PlanSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert from_plain(json.loads(json.dumps(to_plain(spec))), PlanSpec) == spec
     profile = parse_profiles("480:720", None, None, DEFAULTS)[0]
-    assert VideoProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+    assert from_plain(json.loads(json.dumps(to_plain(profile))), VideoProfile) == profile
     assert 2 in Range(1, 2, 3)
     assert 4 not in Range(1, 2, 3)
     assert "2" not in Range(1, 2, 3)

@@ -155,7 +155,7 @@ def test_files_that_cannot_be_used(narrow: Tiny, tmp_path: Path) -> None:
     save_prompt(path, replace(embeds, prompt_embeds=np.ones((1, 3, 5), np.float32)), manifest)
     with pytest.raises(RequestError, match=r"holds float32 \[3, 5\]; expected float32 \[positions, "):
         load_prompt(path, manifest)
-    wrong = np.full((1, 3, manifest.model.text_dim), np.inf, np.float32)
+    wrong = np.full((1, 3, manifest.model.text.dim), np.inf, np.float32)
     save_prompt(path, replace(embeds, prompt_embeds=wrong), manifest)
     with pytest.raises(RequestError, match="is damaged"):
         load_prompt(path, manifest)

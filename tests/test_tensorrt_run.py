@@ -26,6 +26,7 @@ from t2v_rt.engines.plans import check_profiles, parse_profiles
 from t2v_rt.engines.tensorrt_library import Library, load_library
 from t2v_rt.engines.trust import check_trust
 from t2v_rt.errors import OutOfMemoryError
+from t2v_rt.runtime.memory_estimates import tile_ways
 from tests.conftest import Tiny
 
 RTX = "tensorrt-rtx"
@@ -284,10 +285,10 @@ def test_parked_states_on_the_gpu(on_gpu: Bundle) -> None:
     with TextToVideoPipeline.from_pretrained(on_gpu.folder, vae_tiles="2x2") as pipe:
         latents = pipe("a red ball", output_type="latent", **settings).frames  # type: ignore[arg-type]
         free = np.concatenate(list(pipe.decode(latents)))
-        ways = pipe.stages._ways(latents.shape, (2, 2))
+        ways = tile_ways(pipe.manifest, (2, 2))
         assert ways[-1] == ((2, 2), True)
-        with pipe.stages.stage("vae_decoder") as vae:
-            parked = np.concatenate(list(pipe.stages._frames(vae, latents, (2, 2), True, 0, None)))
+        vae = pipe.stages.components.get("vae_decoder")
+        parked = np.concatenate(list(pipe.stages.frames(vae, latents, ways[-1])))
     assert np.array_equal(free, parked)
 
 

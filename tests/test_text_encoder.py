@@ -25,7 +25,6 @@ from t2v_rt.export.weights import to_bfloat16
 from t2v_rt.plan import plan
 from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.memory_plan import parse_bytes
-from t2v_rt.runtime.stages import Stages
 from t2v_rt.runtime.wan import relative_buckets
 from t2v_rt.verify import verify
 from tests.conftest import ONE_EACH, Tiny
@@ -98,7 +97,7 @@ def test_each_group_is_an_engine_with_its_own_weights(tiny: Tiny, sharded: Bundl
 def test_all_texts_pass_while_an_engine_is_loaded(sharded: Bundle) -> None:
     roles = list(sharded.manifest.components["text_encoder"].graphs)
     watched = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, watched, budget=1)
+    stages = TextToVideoPipeline(sharded, watched, 1)
     stages.encode_prompt(PROMPTS)
     assert (watched.names, watched.most, watched.loaded) == (roles, 1, [])
     stages.encode_prompt(PROMPTS[:2])  # remembered
@@ -106,7 +105,7 @@ def test_all_texts_pass_while_an_engine_is_loaded(sharded: Bundle) -> None:
     stages.encode_prompt(["another", *PROMPTS])
     assert (watched.names, watched.most, watched.loaded) == (roles * 2, 1, [])
     resident = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, resident)
+    stages = TextToVideoPipeline(sharded, resident)
     stages.encode_prompt(PROMPTS)
     stages.encode_prompt(["another"])
     assert resident.names == ["+".join(roles)]
@@ -127,7 +126,7 @@ def test_a_call_encodes_both_prompts_together(sharded: Bundle) -> None:
 
 def test_an_engine_that_fails_is_released(sharded: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(get_backend("onnxruntime"))
-    stages = Stages(sharded, watched, budget=1)
+    stages = TextToVideoPipeline(sharded, watched, 1)
     monkeypatch.setattr("t2v_rt.engines.contract.Engine.infer", _fail)
     with pytest.raises(EngineError, match="broken"):
         stages.encode_prompt(PROMPTS)

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from t2v_rt import build_engines
+from t2v_rt import TextToVideoPipeline, build_engines
 from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
 from t2v_rt.benchmarks.true_size import lengths, parity, relative
 from t2v_rt.engines.backends import get_backend
@@ -20,7 +20,6 @@ from t2v_rt.engines.manifest import EmbeddingSpec
 from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.runtime.embedding import EmbeddingTable
-from t2v_rt.runtime.stages import Stages
 from tests.conftest import ONE_EACH, Tiny
 from tests.test_make_checkpoint import SMALL
 
@@ -30,7 +29,7 @@ PROMPTS = ("a red ball", "一只猫 在 red 球 上", "the quick brown fox jumps
 
 @pytest.mark.parametrize("budget", [None, 1])
 def test_embeddings_are_those_of_transformers(tiny: Tiny, sharded: Bundle, budget: int | None) -> None:
-    stages = Stages(sharded, get_backend("onnxruntime"), budget)
+    stages = TextToVideoPipeline(sharded, get_backend("onnxruntime"), budget)
     found = stages.encode_prompt(PROMPTS)
     for text, embeds in zip(PROMPTS, found, strict=True):
         with torch.no_grad():

@@ -24,8 +24,8 @@ SPEC = TileSpec(scale=4, upscale=2, halo=7)
 
 
 def decoded(pipe: TextToVideoPipeline, grid: tuple[int, int]) -> np.ndarray:
-    latents = Generator(1).randn((1, pipe.manifest.model.latent_channels, 3, HEIGHT, WIDTH))
-    return np.concatenate(list(pipe.stages.decode(latents, grid=grid)))
+    latents = Generator(1).randn((1, pipe.manifest.model.latents.channels, 3, HEIGHT, WIDTH))
+    return np.concatenate(list(pipe.stages.frames(pipe.stages.components.get("vae_decoder"), latents, (grid, False))))
 
 
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (3, 2), (4, 3)])
@@ -38,7 +38,7 @@ def test_the_halo_is_as_wide_as_what_the_tail_sees(narrow: Tiny) -> None:
     """One feature less on each side, and the cuts show."""
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle)
     whole = decoded(pipe, (1, 1))
-    component = pipe.stages.component("vae_decoder")
+    component = pipe.stages.components.get("vae_decoder")
     spec = component.spec.tiles
     assert spec is not None
     component.spec = type(component.spec)(
@@ -78,7 +78,7 @@ def test_tiles_come_row_by_row() -> None:
 
 def test_a_budget_chooses_the_coarsest_grid_that_fits(narrow: Tiny) -> None:
     manifest = TextToVideoPipeline.from_pretrained(narrow.bundle).manifest
-    shape = (1, manifest.model.latent_channels, 3, 60, 104)
+    shape = (1, manifest.model.latents.channels, 3, 60, 104)
     needs = {grid: make_plan(manifest, shape, grid=grid).stages[-1].total_bytes for grid in GRIDS}
     assert needs[1, 1] > needs[1, 2] > needs[2, 2]
     assert make_plan(manifest, shape).grid == (1, 1)
@@ -108,13 +108,13 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
             raise OutOfMemoryError("no room")  # in the second latent frame: the first is out already
         return infer(engine, feeds, state)
 
-    vae = pipe.stages.component("vae_decoder")
+    vae = pipe.stages.components.get("vae_decoder")
     spec = vae.spec.tiles
     assert spec is not None
     fed = (spec.fed_length(length * spec.scale, 2) for length in (HEIGHT, WIDTH))
     room = vae.new_state(**dict(zip(("height", "width"), fed, strict=True)), part="tail").nbytes  # four tiles fit
     monkeypatch.setattr(OrtEngine, "infer", fail_on_large_tiles)
-    latents = Generator(1).randn((1, pipe.manifest.model.latent_channels, 3, HEIGHT, WIDTH))
+    latents = Generator(1).randn((1, pipe.manifest.model.latents.channels, 3, HEIGHT, WIDTH))
     chunks = list(pipe.decode(latents))
     assert [len(chunk) for chunk in chunks] == [1, 4, 4]
     assert np.abs(np.concatenate(chunks) - whole).max() <= TOLERANCE
@@ -122,7 +122,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
         "no room; decoding again in 1x2 tiles", "no room; decoding again in 2x2 tiles"
     ]  # fmt: skip
     with pytest.raises(OutOfMemoryError, match="no room"):
-        list(pipe.stages.decode(latents, grid=(1, 1)))
+        list(pipe.stages.decode(latents, make_plan(pipe.manifest, latents.shape, grid=(1, 1))))
 
 
 def test_more_tiles_than_features_are_refused(narrow: Tiny) -> None:
