@@ -83,9 +83,9 @@ def check_place(path: str | Path, kind: int, expected: str) -> Path:
     named = text if target.name == Path(text).name else f"{text}, a link to {target},"
     if found != kind:
         raise RequestError(f"{named} is {KINDS.get(found, 'no file')} and not {expected}; choose another name")
-    if os.path.ismount(target):
+    if _is_mounted(target):
         raise RequestError(
-            f"{named} is where a disk is mounted and cannot be replaced; choose a name inside or beside it"
+            f"{named} is mounted there by itself and cannot be replaced; mount its folder, or write inside"
         )
     if kind == stat.S_IFREG and not os.access(target, os.W_OK):
         raise RequestError(f"{named} is write-protected; choose another name, or allow it to be written")
@@ -136,6 +136,20 @@ def _check_name(text: str) -> None:
         raise RequestError(f"{text!r} begins or ends with white space; leave it out of the name")
     if sys.platform == "win32" and (name.partition(".")[0].strip().lower() in RESERVED or name.endswith(".")):
         raise RequestError(f"{text!r} cannot be the name of a file on Windows; choose another")
+
+
+def _is_mounted(path: Path) -> bool:
+    """Whether a file or folder is a place where something is mounted; a container's single files may be."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # another system than Linux
+        return False
+    escaped = str(path)
+    for character in "\\ \t\n":
+        escaped = escaped.replace(character, f"\\{ord(character):03o}")
+    return any(line.split()[4] == escaped for line in lines)
 
 
 def _same(one: Path, other: Path) -> bool:

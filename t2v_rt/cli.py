@@ -39,23 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console.prepare_streams()
-    with console.ended_by_signals():
+    with console.ended_by_signals() as ending:
         try:
             options = make_parser().parse_args(arguments)
             if options.json:
                 console.check_output_is_open()
             command: Callable[[argparse.Namespace], None] = options.command
             command(options)
-        except KeyboardInterrupt as exc:
-            console.tell(f"t2v-rt: interrupted{_notes(exc)}")
-            return EXIT_INTERRUPTED
-        except T2VError as exc:
-            console.tell(f"t2v-rt: error: {exc}{_notes(exc)}")
-            return exc.exit_code
-        except BrokenPipeError:
-            return EXIT_FAILURE
-        except Exception as exc:  # whatever else goes wrong is one line for the user; --verbose shows where
-            if "--verbose" in arguments:
+        except (KeyboardInterrupt, Exception) as exc:
+            if ending.came or isinstance(exc, KeyboardInterrupt):
+                console.tell(f"t2v-rt: interrupted{_notes(exc)}")
+                return EXIT_INTERRUPTED
+            if isinstance(exc, BrokenPipeError):
+                return EXIT_FAILURE
+            if isinstance(exc, T2VError):
+                console.tell(f"t2v-rt: error: {exc}{_notes(exc)}")
+                return exc.exit_code
+            if "--verbose" in arguments:  # whatever else goes wrong is one line for the user, but for who wants more
                 raise
             console.tell(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}{_notes(exc)}")
             return EXIT_FAILURE

@@ -16,7 +16,7 @@ from typing import TextIO
 from t2v_rt.errors import T2VError
 
 STREAMS = (0, 1, 2)
-ENDING = ("SIGTERM", "SIGHUP", "SIGBREAK")  # those that the system has; they end a command as an interrupt does
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # those that the system has; they end a command
 
 
 class Lines(logging.Handler):
@@ -80,7 +80,7 @@ def check_output_is_open() -> None:
     Raises:
         T2VError: there is no standard output.
     """
-    if sys.stdout is None or sys.stdout.closed:
+    if sys.stdout is None:
         raise T2VError("standard output is closed, and --json prints there; leave --json out, or redirect it to a file")
 
 
@@ -101,27 +101,38 @@ def _write(stream: TextIO, text: str) -> None:
         stream.flush()
 
 
+class Ending:
+    """Whether a signal came that ends the command."""
+
+    came = False
+
+
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[Ending]:
     """Ends the block on a signal to end or to hang up as on an interrupt, so that it cleans up.
 
-    Only the first counts: further ones would end the cleaning up. One that is ignored, as under nohup, stays so.
+    Only the first counts: further ones, but for interrupts, would end the cleaning up. One that is ignored, as under
+    nohup, stays so. The interrupt does not always come out as one: what it ends may make an error of its own of it.
     """
+    ending = Ending()
     if threading.current_thread() is not threading.main_thread():
-        yield  # where Python takes no handlers
+        yield ending  # where Python takes no handlers
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for known in taken:
-            signal.signal(known, signal.SIG_IGN)
+        ending.came = True
+        for known in before:
+            if known != signal.SIGINT:
+                signal.signal(known, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    numbers = [signal.Signals[name] for name in ENDING if name in signal.Signals.__members__]
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in taken:
+    found = [signal.Signals[name] for name in ENDING if name in signal.Signals.__members__]
+    before = {number: signal.getsignal(number) for number in found}
+    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
         signal.signal(number, interrupt)
     try:
-        yield
+        yield ending
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -20,7 +20,7 @@ from t2v_rt import BundleError, RequestError, build_engines
 from t2v_rt.cli import main
 from t2v_rt.encode import encode
 from t2v_rt.engines.bundle import check_replaceable
-from t2v_rt.engines.outputs import check_apart, check_file
+from t2v_rt.engines.outputs import _is_mounted, check_apart, check_file
 from t2v_rt.plan import write_picture
 from t2v_rt.runtime.array_file import load_arrays, save_arrays
 from t2v_rt.runtime.video import check_output, open_writer, read_metadata, write_png
@@ -232,6 +232,19 @@ def test_names_that_are_none(here: Path) -> None:
             check_file(name, ".png", "a contact sheet")
     assert check_file("a.PNG", ".png", "a contact sheet").name == "a.PNG"
     assert [path.name for path in here.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds what is mounted in /proc")
+def test_what_is_mounted_by_itself_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert "/proc" in places
+    assert all(_is_mounted(Path(place)) for place in places if "\\" not in place)
+    assert not _is_mounted(here)
+    Path("a.mp4").touch()
+    check_output("a.mp4")
+    monkeypatch.setattr("t2v_rt.engines.outputs._is_mounted", lambda path: True)
+    with pytest.raises(RequestError, match=r"a\.mp4 is mounted there by itself"):
+        check_output("a.mp4")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="nothing is protected from the administrator")

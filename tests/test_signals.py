@@ -61,6 +61,22 @@ def test_a_build_that_is_told_to_end_keeps_its_finished_parts(
     assert not hidden(tmp_path)
 
 
+def test_an_interrupt_that_became_another_error_is_one_all_the_same(
+    narrow: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: object) -> None:  # as libraries do that are being imported meanwhile
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as exc:
+            raise ImportError("initialization failed") from exc
+
+    monkeypatch.setattr("t2v_rt.inspect.open_bundle", load)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["inspect", str(narrow.bundle)]) == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "t2v-rt: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_signals_that_are_ignored_or_taken_stay_so() -> None:
     def taken(*_: object) -> None:
         raise AssertionError

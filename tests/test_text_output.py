@@ -98,6 +98,7 @@ def test_streams_of_other_kinds(narrow: Tiny, tmp_path: Path, monkeypatch: pytes
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         assert main(arguments) == 0
+        assert main([*arguments, "--json"]) == 0
         assert main(["inspect", "模型"]) == 2
         with Bars() as bars:
             bars.update("decode", 1, 2)
