@@ -11,6 +11,7 @@ ones. The error of a step is the largest difference over the largest value of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.schedulers import MODULES, Scheduler, scheduler_class
-from tests.portable_torch import PortableTorch
+from tests.portable_torch import portable_torch
 from tests.random_settings import Rng, Trial, draw
 
 TOLERANCE = 2e-6  # relative, of one float32 step: a handful of roundings, of terms in another order
 SCHEDULE_TOLERANCE = 2e-7  # relative: the last bit of float32
+NOT_A_NUMBER = 2.0**62  # as an integer it is about that, below 0
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "schedulers.json"
 ERRORS = ("timesteps", "sigmas", "step")
 
@@ -59,13 +61,20 @@ class Outcome:
         return max(self.timesteps, self.sigmas) > SCHEDULE_TOLERANCE or self.step > TOLERANCE
 
 
+@contextlib.contextmanager
+def _on_portable_torch() -> Iterator[None]:
+    with portable_torch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers hands tensors to NumPy in ways that both deprecate
+        yield
+
+
 class Reference:
     """diffusers' class, with one signature for all, on functions that are exactly rounded."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         arrays = {key: np.array(value) if key == "sigmas" else value for key, value in trial.schedule.items()}
-        with PortableTorch():
+        with _on_portable_torch():
             self.scheduler = getattr(diffusers, trial.name)(**trial.settings)
             self.scheduler.set_timesteps(**arrays)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -80,11 +89,12 @@ class Reference:
     def scaled(self, i: int, sample: np.ndarray) -> Any:
         if not hasattr(self.scheduler, "scale_model_input"):
             return sample
-        with PortableTorch():
-            return self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[i]).numpy()
+        with _on_portable_torch():
+            scaled = self.scheduler.scale_model_input(torch.from_numpy(sample), self.scheduler.timesteps[i])
+        return np.asarray(scaled)
 
     def step(self, i: int, m: np.ndarray, x: np.ndarray) -> np.ndarray:
-        with PortableTorch():
+        with _on_portable_torch():
             return self._step(i, m, x)
 
     def _step(self, i: int, m: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -94,10 +104,10 @@ class Reference:
         if trial.name == "CogVideoXDPMScheduler":
             back = scheduler.timesteps[i - 1] if i else None
             result, self.old_x0 = scheduler.step(m_, self.old_x0, t, back, x_, generator=self.generator)
-            return result.numpy()
+            return np.asarray(result)
         if "generator" in type(scheduler).step.__code__.co_varnames:
             options["generator"] = self.generator
-        return scheduler.step(m_, t, x_, **options, return_dict=False)[0].numpy()
+        return np.asarray(scheduler.step(m_, t, x_, **options, return_dict=False)[0])
 
 
 def run(trial: Trial) -> Outcome:
@@ -130,16 +140,18 @@ def run(trial: Trial) -> Outcome:
 
 
 def reference_steps(trial: Trial) -> bool:
-    """Whether the reference can be stepped through a trial."""
+    """Whether the reference can be stepped through a trial, from timesteps that are numbers."""
     rng = np.random.default_rng(trial.seed)
     try:
         theirs = Reference(trial)
         x = rng.standard_normal(trial.shape).astype(np.float32) * np.float32(theirs.init_noise_sigma)
         for i in range(len(theirs.scheduler.timesteps)):
             x = theirs.step(i, prediction(trial, rng), x)
+        timesteps = theirs.scheduler.timesteps.numpy().astype(np.float64)
     except Exception:  # it has no error type of its own
         return False
-    return bool(np.all(np.isfinite(x)))
+    numbers = bool(np.all(np.abs(timesteps) < NOT_A_NUMBER))
+    return numbers and bool(np.all(np.isfinite(x)))
 
 
 def prediction(trial: Trial, rng: Rng) -> np.ndarray:
@@ -155,7 +167,8 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return float("inf")
     difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-    return float(np.max(difference / np.maximum(np.abs(theirs), 1e-3)))
+    largest = float(np.max(difference / np.maximum(np.abs(theirs), 1e-3)))
+    return largest if np.isfinite(largest) else float("inf")
 
 
 def trials(name: str, count: int, seed: int = 0) -> Iterator[tuple[Trial, Outcome]]:
@@ -163,9 +176,7 @@ def trials(name: str, count: int, seed: int = 0) -> Iterator[tuple[Trial, Outcom
     rng = np.random.default_rng([seed, sum(name.encode())])
     for _ in range(count):
         trial = draw(name, rng)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield trial, run(trial)
+        yield trial, run(trial)
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ Near a signal-to-noise ratio of zero that bit moves a sigma by a thousandth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,18 @@ ROUNDED = (aten.sqrt.default, aten.exp.default, aten.expm1.default, aten.log.def
 LINSPACE, SOLVE = aten.linspace.default, aten._linalg_solve_ex.default
 
 
-class PortableTorch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+@contextlib.contextmanager
+def portable_torch() -> Iterator[None]:
     """While it is entered, torch's functions above are exactly rounded: computed in float64, then rounded to float32.
 
     Evenly spaced values are those of torch's vector code, which takes their step in float32 and rounds each value once;
     its scalar code rounds twice. A system of equations is solved by NumPy's LAPACK, as for the samplers under test.
     """
+    with _Portable():  # type: ignore[no-untyped-call]
+        yield
 
+
+class _Portable(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
