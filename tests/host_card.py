@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.build import BuildRequest
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.engines.plans import PlanSpec
@@ -297,3 +299,21 @@ def plans_by_hash(bundle: Bundle, graphs: Mapping[tuple[str, str], Path]) -> dic
             assert graph.plan is not None
             result[bundle.manifest.files[graph.path].sha256] = graphs[name, role], graph.plan
     return result
+
+
+def export_graphs(checkpoint: Path, sizes: Sequence[int | str | None], folder: Path) -> dict[tuple[str, str], Path]:
+    """The graphs that plans are built from, but for bfloat16, which ONNX Runtime's CPU does not multiply.
+
+    Args:
+        checkpoint: that is exported.
+        sizes: height, width and number of frames of the plans.
+        folder: that the graphs are written to.
+    """
+    height, width, frames = sizes
+    request = BuildRequest(checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=(height, width, frames))
+    job, manifest = request.prepare()
+    return {
+        (part.component, role): folder / graph.path
+        for part in job.parts(manifest)
+        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
+    }

@@ -10,12 +10,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("build", "export", "hub", "dev", "tensorrt-rtx")  # those that the Makefile installs
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def requirements() -> list[Requirement]:
+    """Those of the package and of the extras that the Makefile installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
+    named = re.findall(r'--editable "\.\[([^]]+)\]"', MAKEFILE)
+    extras = {extra for extras in named for extra in extras.split(",")}
+    assert extras > {"build", "dev", "export"}
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     found = [Requirement(line) for line in lines]
     return [requirement for requirement in found if requirement.name != "t2v-rt"]
 
@@ -23,16 +27,10 @@ def requirements() -> list[Requirement]:
 def test_every_requirement_is_pinned_to_one_that_it_allows() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    torch = re.search(r"^TORCH := torch==(\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    torch = re.search(r"^TORCH := torch==(\S+)$", MAKEFILE, re.MULTILINE)
     assert torch is not None
     pins["torch"] = torch[1]
     for requirement in requirements():
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in constraints.txt"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not allow {pins[name]}"
-
-
-def test_the_extras_are_those_of_the_makefile() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = re.findall(r'--editable "\.\[([^]]+)\]"', makefile)
-    assert {extra for extras in named for extra in extras.split(",")} == set(EXTRAS)

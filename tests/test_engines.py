@@ -1,4 +1,4 @@
-"""The engine contract on the tiny bundle, bundles on disk, and specs."""
+"""Backends by name, bundles on disk, and specs; the engine contract is in test_engine_contract.py."""
 
 from __future__ import annotations
 
@@ -10,80 +10,15 @@ import numpy as np
 import onnx
 import pytest
 
-from t2v_rt import BackendError, BundleError, EngineError, TextToVideoPipeline, build_engines
+from t2v_rt import BackendError, BundleError, TextToVideoPipeline, build_engines
 from t2v_rt.engines import platform
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle import Stamps, open_bundle
-from t2v_rt.engines.contract import Component
 from t2v_rt.engines.manifest import from_plain, to_plain
 from t2v_rt.engines.specs import TensorSpec
 from tests.conftest import Tiny
 
 FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
-
-
-@pytest.fixture
-def vae(narrow: Tiny) -> Component:
-    bundle = open_bundle(narrow.bundle)
-    return get_backend("onnxruntime").load(bundle.folder, "vae_decoder", bundle.manifest.components["vae_decoder"])
-
-
-def latent(seed: int = 0) -> dict[str, np.ndarray]:
-    return {"latents": np.random.default_rng(seed).standard_normal((1, 4, 4, 6)).astype(np.float32)}
-
-
-def test_state_belongs_to_the_caller(vae: Component) -> None:
-    one, two = (vae.new_state(height=4, width=6, part="head") for _ in range(2))
-    assert one.nbytes > 0
-    assert not any(value.any() for value in one.to_host().values())
-    first = vae["head_first"].infer(latent(), one)["features"]
-    assert first.shape == (1, 16, 8, 12)
-    assert np.array_equal(vae["head_first"].infer(latent(), two)["features"], first)
-    next_one, next_two = (vae["head_next"].infer(latent(1), state)["features"] for state in (one, two))
-    assert next_one.shape == (4, 16, 8, 12)
-    assert np.array_equal(next_one, next_two)
-    kept = one.to_host()
-    vae["head_next"].infer(latent(2), one)
-    assert any(not np.array_equal(kept[name], value) for name, value in one.to_host().items())
-
-
-def test_states_of_one_turn_share_what_is_written(vae: Component) -> None:
-    alone = vae.new_state(height=8, width=12, part="tail")
-    states = vae.new_states(3, height=8, width=12, part="tail")
-    features = [np.random.default_rng(i).standard_normal((1, 16, 8, 12)).astype(np.float32) for i in range(3)]
-    frames = [vae["tail"].infer({"features": x}, state)["frames"] for x, state in zip(features, states, strict=True)]
-    assert np.array_equal(vae["tail"].infer({"features": features[1]}, alone)["frames"], frames[1])
-    kept = alone.to_host()
-    assert all(np.array_equal(kept[name], value) for name, value in states[1].to_host().items())
-
-
-def test_outputs_outlive_the_next_call_and_the_engine(vae: Component) -> None:
-    state = vae.new_state(height=4, width=6, part="head")
-    features = vae["head_first"].infer(latent(), state)["features"]
-    kept = features.copy()
-    vae["head_next"].infer(latent(1), state)
-    vae.close()
-    assert np.array_equal(features, kept)
-
-
-def test_feeds_are_checked(vae: Component) -> None:
-    state = vae.new_state(height=4, width=6, part="head")
-    engine = vae["head_next"]
-    for feeds, message in (
-        ({}, "expected"),
-        ({**latent(), "more": np.zeros(1)}, "more"),
-        ({"latents": latent()["latents"].astype(np.float64)}, "float64"),
-        ({"latents": np.zeros((1, 5, 4, 6), np.float32)}, "[1, 5, 4, 6]"),
-        ({"latents": np.zeros((4, 6), np.float32)}, "expected float32"),
-        ({"latents": np.zeros((1, 4, 8, 6), np.float32)}, "make a new state"),
-    ):
-        with pytest.raises(EngineError) as error:
-            engine.infer(feeds, state)
-        assert message in str(error.value)
-    with pytest.raises(EngineError, match="needs a state"):
-        engine.infer(latent())
-    with pytest.raises(EngineError, match="no engine 'third'"):
-        vae["third"]
 
 
 def test_unknown_backends_and_providers() -> None:

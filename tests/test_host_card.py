@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 from t2v_rt import EngineError, RequestError, TextToVideoPipeline, build_engines
-from t2v_rt.build import BuildRequest
 from t2v_rt.cli import main
 from t2v_rt.engines.bundle import Bundle
 from t2v_rt.engines.plans import PlanSpec
@@ -23,7 +21,7 @@ from t2v_rt.runtime.memory_estimates import decode_stage
 from t2v_rt.runtime.memory_plan import make_plan, together_bytes
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.host_card import HostCuda, HostLibrary, plans_by_hash
+from tests.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
 
 pytestmark = pytest.mark.slow  # builds plans
 
@@ -53,18 +51,6 @@ def several(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return build_engines(narrow.checkpoint, folder, backend="tensorrt-rtx", gpus="sm86", **SEVERAL)
 
 
-def exported(checkpoint: Path, sizes: Sequence[int | str], folder: Path) -> dict[tuple[str, str], Path]:
-    """The graphs that plans are built from, but for bfloat16, which ONNX Runtime's CPU does not multiply."""
-    height, width, frames = sizes
-    request = BuildRequest(checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=(height, width, frames))
-    job, manifest = request.prepare()
-    return {
-        (part.component, role): folder / graph.path
-        for part in job.parts(manifest)
-        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def readable(
     plans: Bundle, several: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
@@ -72,7 +58,7 @@ def readable(
     """The plans that the library can read."""
     result: dict[str, tuple[Path, PlanSpec]] = {}
     for bundle, sizes in ((plans, SIZE), (several, SEVERAL)):
-        graphs = exported(narrow.checkpoint, tuple(sizes.values()), tmp_path_factory.mktemp("graphs"))
+        graphs = export_graphs(narrow.checkpoint, tuple(sizes.values()), tmp_path_factory.mktemp("graphs"))
         result |= plans_by_hash(bundle, graphs)
     return result
 
