@@ -12,6 +12,7 @@ from t2v_rt.engines.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Man
 from t2v_rt.engines.plans import holds, nearest_profile
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_number
 from t2v_rt.runtime import wan
 from t2v_rt.runtime.tiles import WHOLE, Grid, fed_length
 
@@ -113,7 +114,9 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         RequestError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    number = as_number(text)
+    plain = str(text) if number is None else f"{number:f}"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", plain)
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
         raise RequestError(f"{text!r} is not a size of memory; expected a number with B, MB, GB, MiB or GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])
