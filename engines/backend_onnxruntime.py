@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,11 @@ from t2v_rt.numbers import as_integer
 
 OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|bad_?alloc|out of memory", re.IGNORECASE)
 ERRORS_ONLY = 3  # ONNX Runtime's log level
+# A product with a matrix that is mapped from its file adds up its terms in blocks, whose length is another where a
+# thread has 64 columns or fewer. So threads have more than that each, and narrow matrices always the same number of
+# threads: then results do not depend on how many are asked for.
+COLUMNS_PER_THREAD = 128
+FEW_THREADS = 2
 PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     # on a small card the arena must not double on growth, nor cuDNN try out workspaces of any size
@@ -138,7 +144,8 @@ class OnnxRuntimeBackend:
 
     Args:
         provider: `cpu` or `cuda`.
-        threads: of one engine; None for as many as there are cores. Never more than this process may use.
+    threads: of one engine; None for as many as there are cores. Never more than this process may use. The text encoder
+        has fewer, or two at least, where its result would depend on their number.
 
     Raises:
         BackendError: unknown provider, or one that this installation of ONNX Runtime lacks.
@@ -191,27 +198,34 @@ class OnnxRuntimeBackend:
         engines: dict[str, Engine] = {}
         for role, graph in spec.graphs.items():
             label = name if role == "model" else f"{name}.{role}"
-            packed = not role.startswith(BLOCKS)
-            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label, packed))
+            columns = int(graph.outputs[0].shape[-1]) if role.startswith(BLOCKS) else 0
+            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label, columns))
         component = OrtComponent(name, spec, engines)
         component.device = self.provider
         return component
 
-    def _session(self, path: Path, label: str, packed: bool) -> ort.InferenceSession:
+    def _engine_threads(self, columns: int) -> int:
+        """Threads of an engine with mapped matrices of so many columns, or none; 0 for as many as there are cores."""
+        most = columns // COLUMNS_PER_THREAD
+        if columns and most < FEW_THREADS:
+            return FEW_THREADS
+        return most if columns and (self.threads or os.cpu_count() or 1) > most else self.threads or 0
+
+    def _session(self, path: Path, label: str, columns: int) -> ort.InferenceSession:
         """Loads a graph.
 
         Args:
             path: of the graph.
             label: named in errors.
-            packed: whether its matrices are copied in the order that multiplying them is fastest in. Engines that run a
-                few times only are not worth it: they use their weights where they are mapped from the file.
+            columns: of its matrices where they are used as they are mapped from the file, which suits engines that run
+                a few times only; 0 to copy them in the order that multiplying them is fastest in.
         """
         options = ort.SessionOptions()
-        if not packed:
+        options.intra_op_num_threads = self._engine_threads(columns)
+        if columns:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_mem_pattern = False  # laid out ahead, activations take a quarter more and are no faster
         options.log_severity_level = ERRORS_ONLY
-        options.intra_op_num_threads = self.threads or 0
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         name, settings = PROVIDERS[self.provider]

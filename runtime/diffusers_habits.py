@@ -61,15 +61,15 @@ class DiffusersHabits:
     Where such a name is asked for, and where it is set, a ForeignAttributeError tells it.
     """
 
-    if not TYPE_CHECKING:  # to a type checker, every name would be an attribute
+    if not TYPE_CHECKING:  # to a type checker, every name would be an attribute that can be set
 
         def __getattr__(self, name: str) -> Any:
             _refuse(name)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        _refuse(name)
-        super().__setattr__(name, value)
+        def __setattr__(self, name: str, value: Any) -> None:
+            _refuse(name)
+            super().__setattr__(name, value)
 
 
 def _refuse(name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_number
 from t2v_rt.runtime.family import family_of
 from t2v_rt.runtime.memory_estimates import (
     FLOAT,
@@ -142,7 +143,9 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         RequestError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    number = as_number(text)
+    plain = str(text) if number is None else f"{number:f}"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", plain)
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
         raise RequestError(f"{text!r} is not a size of memory; expected a number with B, MB, GB, MiB or GiB")
     return int(float(match[1]) * UNITS[match[2].upper()])

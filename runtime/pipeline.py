@@ -375,10 +375,7 @@ class TextToVideoPipeline(DiffusersHabits):
             RequestError: latents of another shape, or more than there is memory for.
             EngineError: the VAE failed or gave values that are not finite.
         """
-        array = check_latents(self.manifest.model, latents)
-        if len(array) != 1:
-            raise RequestError(f"latents have shape {list(array.shape)}; expected those of one video, (1, …)")
-        return self._decode(array, progress)
+        return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
 
     def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
         whole = make_plan(self.manifest, latents.shape, budget=self.vram_budget, grid=self._vae_tiles, room=self._room)

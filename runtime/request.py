@@ -188,13 +188,25 @@ def make_guidance(
     return Guidance(scale, rescale, whole, cfg_zero_star, zero_init_steps)  # type: ignore[arg-type]  # checked there
 
 
-def check_latents(model: ModelSpec, latents: NDArray[Any]) -> Array:
-    """Returns latents as float32 (B, C, F, h, w); raises RequestError where they are not the model's."""
+def check_latents(model: ModelSpec, latents: NDArray[Any], videos: int | None = None) -> Array:
+    """Checks latents that are to be looked at or decoded.
+
+    Args:
+        model: whose they should be.
+        latents: float (B, C, F, h, w).
+        videos: B, or None for any number.
+
+    Returns:
+        The same as float32.
+
+    Raises:
+        RequestError: they are not that, or not finite.
+    """
     array = _floats("latents", latents, 5)
-    if array.shape[1] != model.latents.channels or 0 in array.shape:
-        raise RequestError(
-            f"latents has shape {list(array.shape)}; expected (videos, {model.latents.channels}, frames, …)"
-        )
+    if array.shape[1] != model.latents.channels or 0 in array.shape or len(array) != (videos or len(array)):
+        whose = f"{'videos' if videos is None else videos}, {model.latents.channels}, frames, …"
+        of = "" if videos is None else ": those of one video of this model"
+        raise RequestError(f"latents has shape {list(array.shape)}; expected ({whose}){of}")
     return array
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from t2v_rt.engines.outputs import check_place
 from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_number
 from t2v_rt.runtime.video_formats import (
     CODECS,
     FOLDER,
@@ -122,16 +123,17 @@ def open_writer(
         RequestError: the path, the size, the rate or the metadata is not possible.
     """
     target, suffix = check_output(path), format_of(path)
-    if not FPS_RANGE[0] <= fps <= FPS_RANGE[1]:
+    rate = as_number(fps)
+    if rate is None or not FPS_RANGE[0] <= rate <= FPS_RANGE[1]:
         raise RequestError(f"{target}: frames at {fps} per second; expected {FPS_RANGE[0]} to {FPS_RANGE[1]:g}")
-    if suffix == ".gif" and fps > GIF_MAX_FPS:
+    if suffix == ".gif" and rate > GIF_MAX_FPS:
         raise RequestError(f"{target}: gif shows at most {GIF_MAX_FPS:g} frames per second, not {fps}; use mp4 or webm")
     if min(width, height, num_frames) < 1:
         raise RequestError(f"{target}: {num_frames} frames of {width}x{height}; expected all to be 1 or more")
     if suffix in CODECS and CODECS[suffix].pixels == "yuv420p" and (width % 2 or height % 2):
         raise RequestError(f"{target}: {suffix} needs even sizes, not {width}x{height}; choose another format or size")
     kinds: dict[str, type[VideoWriter]] = {FOLDER: FolderWriter, ".npy": ArrayWriter}
-    return kinds.get(suffix, ContainerWriter)(target, suffix, fps, width, height, num_frames, metadata)
+    return kinds.get(suffix, ContainerWriter)(target, suffix, rate, width, height, num_frames, metadata)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

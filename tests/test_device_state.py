@@ -106,7 +106,7 @@ def vae(loaded: OrtComponent) -> Decoder:
 
 
 def decoded(vae: OrtComponent, grid: tuple[int, int], parks: bool) -> NDArray[np.float32]:
-    latents = Generator(1).randn((FRAMES, 1, 4, HEIGHT, WIDTH))
+    latents = Generator(1).randn((FRAMES, 1, 4, 1, HEIGHT, WIDTH))
     decoder = FrameDecoder(vae, HEIGHT, WIDTH, grid, parks)
     return np.concatenate([decoder.decode(latent) for latent in latents])
 

@@ -90,12 +90,12 @@ def run(plans: Bundle, **settings: object) -> TextToVideoPipeline:
 
 def test_a_video(plans: Bundle, narrow: Tiny, insert: Insert) -> None:
     insert(ROOM)
-    expected = TextToVideoPipeline.from_pretrained(narrow.bundle)("a red ball", **REQUEST)  # type: ignore[arg-type]
+    expected = TextToVideoPipeline.from_pretrained(narrow.bundle)("a red ball", **REQUEST)
     for tiles in ("1x1", "2x2", "3x4"):
         with run(plans, vae_tiles=tiles) as pipe:
-            found = pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            found = pipe("a red ball", **REQUEST)
             assert np.abs(found.frames - expected.frames).mean() < SAME_VIDEO
-            again = pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            again = pipe("a red ball", **REQUEST)
             assert np.array_equal(found.frames, again.frames)
 
 
@@ -109,7 +109,7 @@ def test_several_sizes(several: Bundle, narrow: Tiny, insert: Insert) -> None:
             results.append(pipe("a red ball", **request).frames)
             assert np.abs(results[-1] - reference("a red ball", **request).frames).mean() < SAME_VIDEO
         with pytest.raises(RequestError, match="not built for 64x64 with 5 frames"):
-            pipe("a red ball", **{**REQUEST, "height": 64, "width": 64, "num_frames": 5})  # type: ignore[arg-type]
+            pipe("a red ball", **{**REQUEST, "height": 64, "width": 64, "num_frames": 5})
     assert np.array_equal(results[0], results[3])
     assert np.array_equal(results[1], results[4])
 
@@ -117,7 +117,7 @@ def test_several_sizes(several: Bundle, narrow: Tiny, insert: Insert) -> None:
 def test_parked_caches(plans: Bundle, insert: Insert) -> None:
     insert(ROOM)
     with run(plans, vae_tiles="2x2") as pipe:
-        latents = pipe("a red ball", output_type="latent", **REQUEST).frames  # type: ignore[arg-type]
+        latents = pipe("a red ball", output_type="latent", **REQUEST).frames
         free = np.concatenate(list(pipe.decode(latents)))
         vae = pipe.stages.components.get("vae_decoder")
         parked = np.concatenate(list(pipe.stages.frames(vae, latents, ((2, 2), True))))
@@ -128,10 +128,10 @@ def test_graphs_are_recorded_once(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:
         for _ in range(2):  # the second after the workspace has grown for decoding
-            pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            pipe("a red ball", **REQUEST)
         recorded = library.recorded
         assert recorded >= 2
-        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        pipe("a red ball", **REQUEST)
         assert library.recorded == recorded
         assert library.replayed >= 2 * STEPS
 
@@ -139,11 +139,11 @@ def test_graphs_are_recorded_once(plans: Bundle, insert: Insert) -> None:
 def test_kernels_are_compiled_once(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:
-        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        pipe("a red ball", **REQUEST)
     assert library.compiled
     library.compiled.clear()
     with run(plans) as pipe:
-        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        pipe("a red ball", **REQUEST)
     assert not library.compiled
 
 
@@ -165,13 +165,13 @@ def test_a_decode_takes_what_was_planned(plans: Bundle, insert: Insert, tiles: t
 def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:  # tests the engines
-        pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+        pipe("a red ball", **REQUEST)
         plan = make_plan(pipe.manifest, SHAPE)
     least = plan.least_bytes
     for budget, most in ((None, plan.peak_bytes), (least, least)):
         with run(plans, vram_budget=budget) as pipe:
             library.cuda.peak = 0
-            pipe("a red ball", **REQUEST)  # type: ignore[arg-type]
+            pipe("a red ball", **REQUEST)
             assert library.cuda.peak <= most - plan.reserve_bytes
             assert library.cuda.peak > 0.9 * (most - plan.reserve_bytes)
     assert plan.resident
@@ -181,7 +181,7 @@ def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
 def test_two_streams_take_what_was_planned_for_both(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:  # tests the engines
-        expected = pipe("a red ball", output_type="uint8", **REQUEST).frames[0]  # type: ignore[arg-type]
+        expected = pipe("a red ball", output_type="uint8", **REQUEST).frames[0]
         plan = make_plan(pipe.manifest, SHAPE)
     for both in ([plan] * 2, [plan, plan.releasing()]):
         with run(plans, vram_budget=together_bytes(both)) as pipe:

@@ -103,7 +103,7 @@ def test_streams_of_other_kinds(narrow: Tiny, tmp_path: Path, monkeypatch: pytes
         with Bars() as bars:
             bars.update("decode", 1, 2)
     assert out.text.startswith("bundle ")
-    assert err.text.startswith("t2v-rt: error: \\u6a21\\u578b: no bundle.json")
+    assert "\\u6a21\\u578b: no bundle.json" in err.text
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
         patch.setattr(sys, "stderr", None)
@@ -118,9 +118,9 @@ def test_only_the_command_line_touches_streams(narrow: Tiny, monkeypatch: pytest
     with monkeypatch.context() as patch:
         Console(patch, "ascii")
         TextToVideoPipeline.from_pretrained(narrow.bundle)("a ball", num_inference_steps=1)
-        assert sys.stdout.errors == "strict"  # type: ignore[attr-defined]
+        assert sys.stdout.errors == "strict"
         console.prepare_streams()
-        assert sys.stdout.errors == "backslashreplace"  # type: ignore[attr-defined]
+        assert sys.stdout.errors == "backslashreplace"
 
 
 def shell(line: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -141,8 +141,8 @@ def test_bad_grids(text: object) -> None:
         parse_grid(text)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 4, 6), (2, 4, 3, 4, 6), (4, 3, 4, 6), (1, 4, 0, 4, 6)])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 4, 6), (2, 4, 3, 4, 6), (1, 4, 0, 4, 6)])
 def test_latents_of_another_model_are_refused(narrow: Tiny, shape: tuple[int, ...]) -> None:
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle)
-    with pytest.raises(RequestError, match=r"expected those of one video of this model, \(1, 4, frames"):
+    with pytest.raises(RequestError, match=r"expected \(1, 4, frames, …\): those of one video of this model"):
         next(pipe.decode(np.zeros(shape, np.float32)))
