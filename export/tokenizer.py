@@ -41,20 +41,21 @@ def check_tokenizer(path: Path, rows: int, end: int) -> None:
     text = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as exc:  # tokenizers raises bare Exception
+        count = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        last = tokenizer.encode("").ids[-1:]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # tokenizers raises bare Exception, and where its Rust code panics not even that
         if (instead := found_instead(path)) is not None:
             raise CheckpointError(f"{path} {instead}") from exc
         raise CheckpointError(f"{path} cannot be read as a tokenizer ({exc}); download it again") from exc
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    count = 1 + max(vocabulary.values(), default=-1)
     if not rows - SPARE_ROWS <= count <= rows:
         raise CheckpointError(
             f"{path} has {count} tokens, the text encoder's table {rows} rows; they do not belong together: take the "
             "tokenizer of the text encoder's own checkpoint"
         )
-    ids = tokenizer.encode("").ids
-    if ids[-1:] != [end]:
+    if last != [end]:
         raise CheckpointError(
-            f"{path} closes an empty prompt with {ids[-1:]}, the text encoder's config says {[end]} (eos_token_id); take "
-            "the tokenizer of the text encoder's own checkpoint"
+            f"{path} closes an empty prompt with {last or 'nothing'}, eos_token_id of the text encoder's config is "
+            f"{end}; take the tokenizer of the text encoder's own checkpoint"
         )

@@ -46,7 +46,7 @@ class TextEncoderConfig:
     buckets: int
     max_distance: int
     eps: float
-    end_token: int
+    end_token: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TextEncoderConfig:
