@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
@@ -194,8 +195,12 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         name, settings = PROVIDERS[self.provider]
+        source: str | bytes = str(path)
+        if (linked := real_graph(path)) is not None:
+            source, folder = linked
+            options.add_session_config_entry(FOLDER_OPTION, str(folder))
         try:
-            return ort.InferenceSession(str(path), options, providers=[(name, settings)])
+            return ort.InferenceSession(source, options, providers=[(name, settings)])
         except Exception as exc:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"
