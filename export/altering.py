@@ -40,7 +40,7 @@ RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (LAST + r"(?:weight|bias)_(?:mask|orig|delta)", f"is a mask or change of pruned weights; {PLAIN}"),
     )
 )
-SMALL = re.compile(r"(F4|F6|F8|E8)")  # dtypes of floats in 8 bits and less
+SMALL = re.compile(r"F4|F6_|F8_|E8M0")  # begins the dtypes of floats in 8 bits and less
 
 
 def refuse_altering(tensors: Mapping[str, StoredTensor], example: str = "") -> None:

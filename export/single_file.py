@@ -184,10 +184,10 @@ def files_below(folder: Path) -> list[Path]:
 
     What macOS wrote beside files is left out; links to nothing are not.
     """
-    found: dict[Path, Path] = {}
-    seen: set[Path] = set()
+    found: dict[str, Path] = {}
+    seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = Path(place).resolve()
+        real = os.path.realpath(place)  # which gives in where links lead round, as pathlib does not
         if real in seen:  # by another link, or a link to a folder above
             folders.clear()
             continue
@@ -196,7 +196,7 @@ def files_below(folder: Path) -> list[Path]:
         for name in sorted(names):
             if not name.startswith(APPLE_DOUBLE):
                 file = Path(place, name)
-                found.setdefault(file.resolve(), file)
+                found.setdefault(os.path.realpath(file), file)
     return sorted(found.values())
 
 
