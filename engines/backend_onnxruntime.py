@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines import forked
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.onnx_runtime import ort
 from t2v_rt.engines.platform import native_name, usable_threads
@@ -229,9 +230,13 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
         name, settings = PROVIDERS[self.provider]
+        source: str | bytes = native_name(path)
+        if (linked := real_graph(path)) is not None:
+            source, folder = linked
+            options.add_session_config_entry(FOLDER_OPTION, str(folder))
         try:
             with forked.loading:
-                return ort.InferenceSession(native_name(path), options, providers=[(name, settings)])
+                return ort.InferenceSession(source, options, providers=[(name, settings)])
         except Exception as exc:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"

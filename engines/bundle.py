@@ -179,11 +179,25 @@ def check_file(bundle: Bundle, path: str, stamps: Stamps | None = None) -> FileE
     folder, entry, file = bundle.folder, bundle.manifest.files[path], bundle.folder / path
     if not file.is_file():
         raise BundleError(f"{folder}: {path} is missing; build the bundle again")
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not _stays(folder.resolve(), file.resolve()):
         raise BundleError(f"{folder}: {path} is a link that leaves the bundle; do not use a bundle like this")
     if file.stat().st_size != entry.bytes or (stamps or Stamps(folder)).sha256(path) != entry.sha256:
         raise BundleError(f"{folder}: {path} is not the file that was built (its hash differs); build it again")
     return entry
+
+
+def _stays(folder: Path, file: Path) -> bool:
+    """Whether a file is in a bundle's folder or, where that is a snapshot of huggingface_hub's cache, one of its blobs.
+
+    Those of a repository lie in `blobs` beside its `snapshots`, or in a store that the repositories of a cache share.
+    """
+    if file.is_relative_to(folder):
+        return True
+    repository = next((place.parent for place in (folder, *folder.parents) if place.name == "snapshots"), None)
+    if repository is None:
+        return False
+    own, shared = ((place / "blobs").resolve() for place in (repository, repository.parent))
+    return file.parent == own or (file.parent.parent == shared and file.name.startswith(file.parent.name))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -13,13 +13,12 @@ from t2v_rt.engines import platform
 from t2v_rt.errors import CheckpointError, InputError, RequestError
 from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
+from t2v_rt.export.weight_names import PICKLED, choose_weights
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS = (INDEX, "generation_config.json", "scheduler/scheduler_config.json")
 TOKENIZER_FILE = f"tokenizer/{TOKENIZER}"
-WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-PICKLED = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin")
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -84,14 +83,12 @@ def needed_weights(repository: str, names: Iterable[str]) -> list[str]:
     needed = []
     for network in NETWORKS:
         files = [name.partition("/")[2] for name in have if name.startswith(f"{network}/")]
-        weights = sorted(name for name in files if WEIGHTS.fullmatch(name))
-        if any(name.endswith(".index.json") for name in weights):  # of a whole file beside shards there is no need
-            weights = [name for name in weights if name.endswith(".json") or "-of-" in name]
-        if not weights:
+        chosen = choose_weights(files, f"{repository}/{network}")
+        if chosen is None:
             pickles = any(PICKLED.fullmatch(name) for name in files)
             found = "only pickled weights, which can run code when loaded" if pickles else "no weights"
             raise CheckpointError(f"{repository}: {network}/ has {found}; expected .safetensors: choose another")
-        needed += [f"{network}/{name}" for name in weights]
+        needed += [f"{network}/{name}" for name in (*chosen.files, chosen.index) if name]
     return needed
 
 

@@ -6,14 +6,21 @@ and transformers' checkpoints, no tensor's values or layout. A file that has the
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from t2v_rt.errors import CheckpointError
-from t2v_rt.export.weights import PICKLES, CheckpointWeights, StoredTensor, read_header
+from t2v_rt.export.altering import refuse_altering
+from t2v_rt.export.found_instead import APPLE_DOUBLE, absent, found_instead
+from t2v_rt.export.tensor_file import StoredTensor, read_header
+from t2v_rt.export.weight_names import PICKLES
+from t2v_rt.export.weights import CheckpointWeights
 
+logger = logging.getLogger(__name__)
 Rules = tuple[tuple[str, str], ...]
 WRAPPING = "model.diffusion_model."  # before each name where a denoiser was saved from within a training program
 NAMED = 3  # of unknown tensors, in an error
@@ -96,19 +103,15 @@ def open_single_file(file: Path, network: str) -> CheckpointWeights:
         network: `text_encoder`, `transformer` or `vae`.
 
     Raises:
-        CheckpointError: no such file, a pickle, damaged, of 8-bit floats, of another network or model, or with names
-            that are not known.
+        CheckpointError: no such file, a pickle, damaged, quantized, of another network or model, or with names that
+            are not known.
     """
     if file.suffix in PICKLES:
         raise CheckpointError(_refused_pickle(file, network))
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file; expected the weights of the {network} as .safetensors")
+        raise CheckpointError(f"{file} {absent(file)}; expected the weights of the {network} as .safetensors")
     tensors = {name.removeprefix(WRAPPING): tensor for name, tensor in read_header(file).items()}
-    small = next((tensor for tensor in tensors.values() if tensor.dtype.startswith("F8")), None)
-    if small is not None:
-        raise CheckpointError(
-            f"{file} holds 8-bit floats ({small.dtype}); expected fp16, bf16 or fp32, such as {INSTEAD[network]}"
-        )
+    refuse_altering(tensors, INSTEAD[network])
     found = identify(tensors)
     other = next((model for start, model in OTHER_MODELS.items() if _any_starts(tensors, start)), None)
     if other is not None:
@@ -176,6 +179,27 @@ def _vae_rename(names: Iterable[str]) -> Callable[[str], str | None]:
     return rename
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and below it, sorted; links are followed, and what they lead to is there once.
+
+    What macOS wrote beside files is left out; links to nothing are not.
+    """
+    found: dict[str, Path] = {}
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)  # which gives in where links lead round, as pathlib does not
+        if real in seen:  # by another link, or a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            if not name.startswith(APPLE_DOUBLE):
+                file = Path(place, name)
+                found.setdefault(os.path.realpath(file), file)
+    return sorted(found.values())
+
+
 def find_single_files(folder: Path, networks: Iterable[str]) -> dict[str, Path]:
     """The single file of each network in a folder or below it.
 
@@ -187,30 +211,59 @@ def find_single_files(folder: Path, networks: Iterable[str]) -> dict[str, Path]:
         Network -> file, for all of them.
 
     Raises:
-        CheckpointError: a network has no file, several, or only a pickle.
+        CheckpointError: a network has no file that can be read, several, or only a pickle.
     """
     found: dict[str, list[Path]] = {network: [] for network in networks}
-    for file in sorted(folder.rglob("*.safetensors")):
-        network = identify(name.removeprefix(WRAPPING) for name in read_header(file))
+    files = files_below(folder)
+    networks_of, unreadable = _identified(file for file in files if file.suffix == ".safetensors")
+    for file, network in networks_of.items():
         if network in found:
             found[network].append(file)
-    for network, files in found.items():
-        if len(files) > 1:
-            listed = ", ".join(str(file.relative_to(folder)) for file in files[:NAMED])
+    for network, candidates in found.items():
+        if len(candidates) > 1:
+            listed = ", ".join(str(file.relative_to(folder)) for file in candidates[:NAMED])
             option = network.replace("_", "-")
             raise CheckpointError(
-                f"{folder}: {len(files)} files hold a {network} ({listed}); name one: --{option} FILE"
+                f"{folder}: {len(candidates)} files hold a {network} ({listed}); name one: --{option} FILE"
             )
-    missing = [network for network, files in found.items() if not files]
+    missing = [network for network, candidates in found.items() if not candidates]
     if missing:
-        pickles = sorted(path for path in folder.rglob("*") if path.suffix in PICKLES)
-        if pickles and len(missing) < len(found):
-            raise CheckpointError(_refused_pickle(pickles[0], missing[0]))
-        raise CheckpointError(
-            f"{folder}: no model_index.json, and no single file of the {missing[0]}; expected a checkpoint in "
-            f"diffusers layout, or files such as {', '.join(INSTEAD[network] for network in missing)}"
-        )
-    return {network: files[0] for network, files in found.items()}
+        raise CheckpointError(_nothing_found(folder, files, unreadable, missing, only_some=len(missing) < len(found)))
+    for reason in unreadable:
+        logger.info("passed over: %s", reason)
+    return {network: candidates[0] for network, candidates in found.items()}
+
+
+def _identified(files: Iterable[Path]) -> tuple[dict[Path, str], list[str]]:
+    """File -> network of those that hold one, and why others cannot be read."""
+    found, unreadable = {}, []
+    for file in files:
+        try:
+            network = identify(name.removeprefix(WRAPPING) for name in read_header(file))
+        except CheckpointError as exc:
+            unreadable.append(str(exc))
+            continue
+        if network is not None:
+            found[file] = network
+    return found, unreadable
+
+
+def _nothing_found(
+    folder: Path, files: Iterable[Path], unreadable: list[str], missing: list[str], *, only_some: bool
+) -> str:
+    """Why a folder has no file of a network, as far as its other files tell."""
+    if unreadable:
+        more = f" ({len(unreadable) - 1} other files cannot be read either)" if len(unreadable) > 1 else ""
+        return f"{folder}: no single file of the {missing[0]} can be read: {unreadable[0]}{more}"
+    for file in files:
+        if only_some and file.suffix in PICKLES:
+            return _refused_pickle(file, missing[0])
+        if file.suffix == ".gguf" and file.is_file() and (instead := found_instead(file)) is not None:
+            return f"{file} {instead}, such as {INSTEAD[missing[0]]}"
+    return (
+        f"{folder}: no model_index.json, and no single file of the {missing[0]}; expected a checkpoint in diffusers "
+        f"layout, or files such as {', '.join(INSTEAD[network] for network in missing)}"
+    )
 
 
 def _refused_pickle(file: Path, network: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from t2v_rt.engines.manifest import BLOCKS, ComponentSpec, Defaults, EmbeddingSp
 from t2v_rt.engines.model import DecodeSchedule, LatentSpec, ModelSpec, TextSpec
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export import tokenizer
 from t2v_rt.export.checkpoint import INDEX, Checkpoint, CheckpointConfigs
 from t2v_rt.export.graph import Form, GraphWriter, Precision
-from t2v_rt.export.wan_text_encoder import TextEncoderConfig, copy_embedding, write_blocks
+from t2v_rt.export.wan_text_encoder import EMBEDDING, TextEncoderConfig, copy_embedding, embedding_name, write_blocks
 from t2v_rt.export.wan_transformer import TransformerConfig, write_transformer
 from t2v_rt.export.wan_vae import VaeConfig, VaeDecoderGraph
-from t2v_rt.export.weights import WeightFile
+from t2v_rt.export.weight_file import WeightFile
 from t2v_rt.numbers import as_integer, as_number
 
+logger = logging.getLogger(__name__)
 PIPELINE = "WanPipeline"
 TEXT_LENGTH = 512  # the pipeline's max_sequence_length; the denoiser was trained on text padded to it
 DEFAULTS = Defaults(
@@ -34,6 +37,13 @@ DEFAULTS = Defaults(
 )
 COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
 VAE_ROLES = ("head_first", "head_next", "tail")
+# network -> beginnings of the names of tensors that making videos does without: the other halves of the VAE and of the
+# model that the text encoder was trained in, and the second name of its table
+UNUSED: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("decoder.", "lm_head.", *EMBEDDING),
+    "vae": ("encoder.", "quant_conv.", "conv1."),
+}
+NAMED = 3  # of unused tensors
 SHARD_BYTES = 3_000_000_000  # of a card, for one group of the text encoder's blocks: beside a desktop it fits on 4 GB
 
 
@@ -168,7 +178,7 @@ def export_component(
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape.
     """
-    weights = checkpoint.weights["vae" if name == "vae_decoder" else name]
+    weights = checkpoint.weights[_network(name)]
     place = folder / name
     place.mkdir(exist_ok=True)
     graphs: dict[str, GraphSpec] = {}
@@ -198,11 +208,33 @@ def export_component(
     return ComponentSpec(graphs, precision, store.nbytes, tiles)
 
 
+def check_tokenizer(checkpoint: Checkpoint, configs: WanConfigs) -> None:
+    """Holds the tokenizer against the text encoder; raises CheckpointError where they do not belong together."""
+    config, weights = configs.text_encoder, checkpoint.weights["text_encoder"]
+    weights.check(embedding_name(weights), (config.vocab, config.dim))
+    tokenizer.check_tokenizer(checkpoint.tokenizer, config.vocab, config.end_token)
+
+
+def warn_of_unused(checkpoint: Checkpoint, components: Sequence[str]) -> None:
+    """Names, once, the tensors that were not asked for while graphs of these components were written or outlined."""
+    for component in components:
+        network = _network(component)
+        weights = checkpoint.weights[network]
+        unused = [name for name in weights.unasked() if not name.startswith(UNUSED.get(network, ()))]
+        if unused:
+            listed = ", ".join(repr(name) for name in unused[:NAMED]) + (" …" if len(unused) > NAMED else "")
+            logger.warning("%s: %d tensors are not used: %s", weights.place, len(unused), listed)
+
+
 def export_embedding(checkpoint: Checkpoint, configs: WanConfigs, folder: Path) -> EmbeddingSpec:
     """Writes the table of token embeddings into the text encoder's folder; raises as `export_component`."""
     (folder / "text_encoder").mkdir(exist_ok=True)
     path = "text_encoder/embedding.data"
     return copy_embedding(checkpoint.weights["text_encoder"], configs.text_encoder, folder, path)
+
+
+def _network(component: str) -> str:
+    return "vae" if component == "vae_decoder" else component
 
 
 def _saved(g: GraphWriter, store: WeightFile, role: str, states: Sequence[StateSpec] = ()) -> GraphSpec:

@@ -46,6 +46,7 @@ class TextEncoderConfig:
     buckets: int
     max_distance: int
     eps: float
+    end_token: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TextEncoderConfig:
@@ -79,6 +80,7 @@ class TextEncoderConfig:
             buckets=read["relative_attention_num_buckets"],
             max_distance=read["relative_attention_max_distance"],
             eps=option(config, "text_encoder", "layer_norm_epsilon", float, 1e-6),
+            end_token=option(config, "text_encoder", "eos_token_id", int, 1, nullable=True),
         )
 
     @property

@@ -1,39 +1,27 @@
-"""Checkpoint tensors in, graph weights out: one tensor in memory at a time, whatever the model's size."""
+"""The tensors of a checkpoint's networks: found and checked by the headers of their files, read one at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import CheckpointError
-from t2v_rt.export.quantize import Quantization
+from t2v_rt.export.altering import refuse_altering
+from t2v_rt.export.config import read_json
+from t2v_rt.export.floats import check_finite, to_float32
+from t2v_rt.export.found_instead import APPLE_DOUBLE, found_instead
+from t2v_rt.export.tensor_file import ITEM_BYTES, StoredTensor, read_header
+from t2v_rt.export.weight_names import PICKLES, choose_weights
 
-HEADER_LIMIT = 100_000_000  # the format's own limit on the JSON header, in bytes
-ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 COPIED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of a table copied as it is
 CHUNK = 1 << 24  # bytes of a copy at a time
 Transform = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor of a safetensors file lies."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
 
 
 class CheckpointWeights:
@@ -47,6 +35,7 @@ class CheckpointWeights:
 
     def __init__(self, place: Path, files: Sequence[Path], tensors: Mapping[str, StoredTensor]) -> None:
         self.place, self.files, self.tensors = place, files, tensors
+        self._asked: set[str] = set()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -54,17 +43,16 @@ class CheckpointWeights:
 
         Raises:
             CheckpointError: no safetensors weights, pickled weights only, a truncated or damaged file, a missing shard,
-                or an index that names a tensor no shard has.
+                an index that names a tensor no shard has, or tensors that change what others mean.
         """
         files, index = _weight_files(folder)
-        tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
-        missing = sorted(set(index) - set(tensors))
-        if missing:
-            raise CheckpointError(
-                f"{folder}: the index names {len(missing)} tensors that no shard holds, the first {missing[0]!r}; "
-                "download the shards again"
-            )
+        tensors = _merged(folder, files, index)
+        refuse_altering(tensors)
         return cls(folder, files, tensors)
+
+    def unasked(self) -> list[str]:
+        """Names of tensors that nobody has asked for so far."""
+        return sorted(self.tensors.keys() - self._asked)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; raises CheckpointError where the checkpoint has none of that name."""
@@ -84,11 +72,12 @@ class CheckpointWeights:
             A new float32 array of `shape`.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape, or is not a floating-point tensor.
+            CheckpointError: the tensor is missing, has another shape, is not a floating-point tensor, or holds values
+                that are not finite.
         """
         stored = self.check(name, shape)
-        raw = np.fromfile(stored.file, np.uint8, prod(shape) * ITEM_BYTES[stored.dtype], offset=stored.offset)
-        return _to_float32(raw, stored.dtype).reshape(shape)
+        raw = np.fromfile(stored.file, np.uint8, stored.nbytes, offset=stored.offset)
+        return to_float32(raw, stored.dtype, _label(stored, name)).reshape(shape)
 
     def copy(self, name: str, shape: tuple[int, ...], path: Path) -> str:
         """Copies one tensor's values into a raw file of their own, piece by piece.
@@ -105,7 +94,7 @@ class CheckpointWeights:
             CheckpointError: as for `read`.
         """
         stored = self.check(name, shape)
-        left = prod(shape) * ITEM_BYTES[stored.dtype]
+        left, label = stored.nbytes, _label(stored, name)
         with stored.file.open("rb") as source, path.open("wb") as target:
             source.seek(stored.offset)
             while left:
@@ -113,9 +102,12 @@ class CheckpointWeights:
                 if not piece:
                     raise CheckpointError(f"{stored.file}: ends inside tensor {name!r}; download it again")
                 left -= len(piece)
-                target.write(
-                    _to_float32(np.frombuffer(piece, np.uint8), "F64").data if stored.dtype == "F64" else piece
-                )
+                raw = np.frombuffer(piece, np.uint8)
+                if stored.dtype == "F64":
+                    target.write(to_float32(raw, stored.dtype, label).data)
+                else:
+                    check_finite(raw, stored.dtype, label)
+                    target.write(piece)
         return COPIED_DTYPES[stored.dtype]
 
     def copied_bytes(self, name: str) -> int:
@@ -137,226 +129,85 @@ class CheckpointWeights:
             )
         return stored
 
+    def label(self, name: str) -> str:
+        """A tensor and its file, for errors."""
+        return _label(self._find(name), name)
+
     def _find(self, name: str) -> StoredTensor:
+        self._asked.add(name)
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.place}: tensor {name!r} is missing; expected a complete checkpoint") from None
 
 
-def _to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":  # NumPy has no bfloat16: it is the upper half of a float32
-        widened = raw.view("<u2").astype(np.uint32)
-        widened <<= 16
-        return widened.view(np.float32)
-    source = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]
-    return raw.view(source).astype(np.float32, copy=False)
-
-
-def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of float32 values rounded to bfloat16, to nearest even."""
-    bits = array.view(np.uint32)
-    upper = bits >> 16
-    upper &= 1
-    upper += 0x7FFF
-    upper += bits
-    upper >>= 16
-    return upper.astype(np.uint16)
+def _label(stored: StoredTensor, name: str) -> str:
+    return f"{stored.file}: tensor {name!r}"
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The safetensors files of a component and the index that ties shards together (empty for a single file)."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            index: dict[str, str] = json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"]
-            shards = [folder / name for name in sorted(set(index.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise CheckpointError(f"{indexes[0]}: not a readable index ({exc}); expected a 'weight_map'") from exc
-        for shard in shards:
-            if shard.parent != folder or not shard.is_file():
-                raise CheckpointError(f"{shard}: shard named in {indexes[0].name} is missing; download it again")
-        return shards, index
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1:
-        named = [file for file in files if file.name in ("model.safetensors", "diffusion_pytorch_model.safetensors")]
-        files = named or files
+    listed = [path for path in sorted(folder.iterdir()) if not path.name.startswith(APPLE_DOUBLE) and not path.is_dir()]
+    chosen = choose_weights((path.name for path in listed), folder)
+    if chosen is not None:
+        if not chosen.index:
+            return [folder / name for name in chosen.files], {}
+        index = _read_index(folder / chosen.index)
+        return [folder / name for name in sorted(set(index.values()))], index
+    files = [path for path in listed if path.suffix == ".safetensors"]
     if len(files) == 1:
         return files, {}
     if files:
         raise CheckpointError(
             f"{folder}: {len(files)} safetensors files and no index; expected one file, or shards with an index"
         )
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: only pickled weights found ({pickles[0]}), which can run code when loaded; "
-            "expected .safetensors: convert them, or download the safetensors variant"
-        )
-    raise CheckpointError(f"{folder}: no weights found; expected a .safetensors file")
+    raise CheckpointError(f"{folder}: {_no_weights(listed)}")
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Reads and checks the header of a safetensors file (format: huggingface/safetensors, README).
-
-    Args:
-        file: path of the file.
-
-    Returns:
-        Tensor name -> place in the file.
-
-    Raises:
-        CheckpointError: the header is damaged, or the file is shorter than its header says.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise CheckpointError(
-                f"{file}: damaged or truncated: {size} bytes with a header of {length}; download it again"
+def _no_weights(listed: Iterable[Path]) -> str:
+    """Why files of a component's folder are of no use."""
+    for file in listed:
+        if file.suffix in PICKLES:
+            return (
+                f"only pickled weights found ({file.name}), which can run code when loaded; "
+                "expected .safetensors: convert them, or download the safetensors variant"
             )
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _entry(file, 8 + length, fields) for name, fields in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise CheckpointError(f"{file}: damaged header ({exc}); download it again") from exc
-    end = max((8 + length + int(fields["data_offsets"][1]) for fields in header.values()), default=0)
-    if end != size:
-        raise CheckpointError(f"{file}: truncated or damaged: {size} bytes, its header says {end}; download it again")
+        if file.suffix == ".gguf" and (instead := found_instead(file)) is not None:
+            return f"{file.name} {instead}"
+    return "no weights found; expected a .safetensors file"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard, each of them there."""
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
+        raise CheckpointError(f"{path}: not a readable index; expected a 'weight_map' of tensors to files")
+    for name in sorted(set(index.values())):
+        shard = path.parent / name
+        if shard.parent != path.parent or not shard.is_file():
+            raise CheckpointError(f"{shard}: shard named in {path.name} is missing; download it again")
+    return index
+
+
+def _merged(folder: Path, files: Sequence[Path], index: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors of all files; of one that several hold, that of the file which the index names."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            earlier = tensors.setdefault(name, tensor)
+            if earlier is tensor:
+                continue
+            if index.get(name) not in (earlier.file.name, file.name):
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in {earlier.file.name} and in {file.name}, and the index names "
+                    "neither; download the shards again"
+                )
+            if index[name] == file.name:
+                tensors[name] = tensor
+    missing = sorted(set(index) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"{folder}: the index names {len(missing)} tensors that no shard holds, the first {missing[0]!r}; "
+            "download the shards again"
+        )
     return tensors
-
-
-def _entry(file: Path, data_start: int, fields: Mapping[str, Any]) -> StoredTensor:
-    start, end = (int(offset) for offset in fields["data_offsets"])
-    shape = tuple(int(dim) for dim in fields["shape"])
-    dtype = str(fields["dtype"])
-    if start < 0 or end < start or min(shape, default=0) < 0:
-        raise ValueError(f"impossible offsets {start}..{end} or shape {list(shape)}")
-    if dtype in ITEM_BYTES and end - start != prod(shape) * ITEM_BYTES[dtype]:
-        raise ValueError(f"{end - start} bytes for shape {list(shape)} of {dtype}")
-    return StoredTensor(file, dtype, shape, data_start + start)
-
-
-@dataclass(frozen=True)
-class WeightPlace:
-    """Where a written weight lies in its external data file."""
-
-    offset: int
-    length: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class WeightFile:
-    """A raw external data file, shared by the graphs of a component; written front to back, each weight once.
-
-    Args:
-        path: the file to create, beside the graphs that name it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: dict[str, WeightPlace] = {}
-        self._stream: BinaryIO = path.open("wb")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights, padding not counted."""
-        return sum(place.length for place in self.places.values())
-
-    def add(
-        self, name: str, source: CheckpointWeights, shape: tuple[int, ...], transform: Transform | None, dtype: str
-    ) -> WeightPlace:
-        """Appends a tensor of the checkpoint.
-
-        Args:
-            name: in the checkpoint, and of the weight.
-            source: the checkpoint's tensors.
-            shape: in the checkpoint, checked.
-            transform: applied to the float32 tensor before it is stored.
-            dtype: to store it in, as for `put`.
-
-        Returns:
-            Its place.
-        """
-        array = source.read(name, shape)
-        return self.put(name, transform(array) if transform else array, dtype)
-
-    def put(self, name: str, array: NDArray[np.float32], dtype: str) -> WeightPlace:
-        """Appends a weight at the next page boundary, as `float32`, `float16` or `bfloat16`, and returns its place."""
-        return self._append(name, _as_stored(array, dtype), dtype, array.shape)
-
-    def add_quantized(
-        self, name: str, source: CheckpointWeights, shape: tuple[int, int], scheme: Quantization, scale_dtype: str
-    ) -> None:
-        """Appends the parts of a quantized matrix of the checkpoint as `name.part`.
-
-        Args:
-            name: in the checkpoint.
-            source: the checkpoint's tensors.
-            shape: in the checkpoint (outputs, inputs), checked.
-            scheme: of its parts.
-            scale_dtype: of DequantizeLinear's scales, as for `put`.
-        """
-        outline = scheme.outline(shape[1], shape[0], scale_dtype)
-        for part, values in scheme.split(source.read(name, shape)).items():
-            dtype, stored_shape = outline[part]
-            self._append(f"{name}.{part}", _as_stored(values, dtype), dtype, stored_shape)
-
-    def _append(self, name: str, values: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> WeightPlace:
-        offset = -(-self._stream.tell() // ALIGNMENT) * ALIGNMENT
-        self._stream.write(b"\0" * (offset - self._stream.tell()))
-        self._stream.write(values.data)
-        self.places[name] = WeightPlace(offset, values.nbytes, dtype, shape)
-        return self.places[name]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-
-
-def _as_stored(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Contiguous, floating-point values in the dtype; packed integers as they are."""
-    array: NDArray[Any] = np.ascontiguousarray(values)
-    if dtype == "bfloat16":
-        return to_bfloat16(array)
-    return array.astype(dtype, copy=False) if array.dtype == np.float32 else array
-
-
-class WeightSizes(WeightFile):
-    """Takes weights as a file does and keeps their sizes alone: nothing is read or written.
-
-    Args:
-        path: the file that graphs name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: dict[str, WeightPlace] = {}
-
-    def add(
-        self, name: str, source: CheckpointWeights, shape: tuple[int, ...], transform: Transform | None, dtype: str
-    ) -> WeightPlace:
-        """Notes a tensor of the checkpoint; raises as the file does for one that is missing or of another shape."""
-        source.check(name, shape)
-        self.places[name] = WeightPlace(0, prod(shape) * STORED_BYTES[dtype], dtype, shape)  # transposed or not
-        return self.places[name]
-
-    def add_quantized(
-        self, name: str, source: CheckpointWeights, shape: tuple[int, int], scheme: Quantization, scale_dtype: str
-    ) -> None:
-        """Notes the parts of a matrix likewise."""
-        source.check(name, shape)
-        for part, (dtype, stored) in scheme.outline(shape[1], shape[0], scale_dtype).items():
-            length = prod(stored) // 2 if dtype == "int4" else prod(stored) * STORED_BYTES[dtype]
-            self.places[f"{name}.{part}"] = WeightPlace(0, length, dtype, stored)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return

@@ -150,12 +150,14 @@ class BuildRequest:
         targets = check_targets(self.backend, self.gpus)
         try:
             from t2v_rt.build_job import BuildJob
+            from t2v_rt.export import wan
         except ImportError as exc:
             raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
         precision = _precision(self.backend, self.precision)
         shard_bytes = _shard_bytes(self.vram_budget)
         with_encoder, weights = self.with_text_encoder, self.text_encoder_weights or ""
         job = BuildJob(self._open(), self.backend, precision, targets, shard_bytes, with_encoder, weights)
+        wan.check_tokenizer(job.source, job.configs)
         manifest = job.manifest(self.sizes, estimate=self.estimate)
         _check_request(manifest)
         return job, manifest

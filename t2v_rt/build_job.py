@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +23,9 @@ from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.graph import Form, Precision, check_precision
 from t2v_rt.export.quantize import Quantization
+from t2v_rt.export.tokenizer import read_tokenizer
 from t2v_rt.export.wan_profiles import component_forms, component_ranges, with_grids
-from t2v_rt.export.weights import WeightFile, WeightSizes
+from t2v_rt.export.weight_file import WeightFile, WeightSizes
 
 logger = logging.getLogger(__name__)
 FULL_SIZE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 7}  # of float32 weights, in units of those stored
@@ -192,9 +192,17 @@ class BuildJob:
         return spec if part.tiles is None else replace(spec, tiles=part.tiles)
 
     def outline(self, parts: Sequence[Part]) -> tuple[ComponentSpec, ...]:
-        """What each part will be, its weights counted but not read; raises CheckpointError where one is missing."""
+        """What each part will be, its weights counted but not read.
+
+        Tensors that no part uses are named in a warning.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            return tuple(self._export(part, Path(folder), WeightSizes) for part in parts)
+            outline = tuple(self._export(part, Path(folder), WeightSizes) for part in parts)
+        wan.warn_of_unused(self.source, self.names)
+        return outline
 
     def build_part(self, part: Part, work: Work, report: Report) -> Result:
         """Makes the engines of a part; returns its component spec as JSON."""
@@ -214,7 +222,8 @@ class BuildJob:
 
     def copy_tokenizer(self, work: Work) -> Result:
         (work.bundle / "tokenizer").mkdir()
-        shutil.copyfile(self.source.tokenizer, work.bundle / "tokenizer" / "tokenizer.json")
+        text = read_tokenizer(self.source.tokenizer)
+        (work.bundle / "tokenizer" / "tokenizer.json").write_bytes(text.encode())
         return {}
 
     def can_run_reference(self, name: str, built: ComponentSpec, folder: Path) -> bool:

@@ -132,7 +132,7 @@ def _of_8_bits(file: Path) -> None:
 
 
 FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "unknown tensors": ("transformer", _add("blocks.0.lora.up"), "1 tensors are not known .*'blocks.0.lora.up'"),
+    "unknown tensors": ("transformer", _add("blocks.0.other.up"), "1 tensors are not known .*'blocks.0.other.up'"),
     "image to video": ("transformer", _add("img_emb.proj.0.weight"), "of an image-to-video model"),
     "vace": ("transformer", _add("vace_blocks.0.modulation"), "of a VACE model"),
     "wan 2.2 vae": ("vae", _add("decoder.upsamples.0.upsamples.0.x"), "VAE of Wan2.2"),
@@ -164,7 +164,7 @@ def test_other_files_are_refused(files: dict[str, Path], tmp_path: Path, name: s
 def test_options_that_do_not_fit(deep: Tiny, files: dict[str, Path], tmp_path: Path) -> None:
     for given, message in (
         ({"vae": files["transformer"]}, "holds the transformer; expected the vae, such as wan_2.1_vae"),
-        ({"vae": tmp_path / "none.safetensors"}, "is not a file; expected the weights of the vae"),
+        ({"vae": tmp_path / "none.safetensors"}, "is missing; expected the weights of the vae"),
         ({"vae": tmp_path / "Wan2.1_VAE.pth"}, "is a pickle"),
         ({"tokenizer": tmp_path}, "tokenizer.json is missing"),
         ({"unet": files["vae"]}, "'unet'; expected one of text_encoder, transformer, vae, tokenizer"),

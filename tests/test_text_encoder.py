@@ -20,8 +20,8 @@ from t2v_rt.engines.contract import Component
 from t2v_rt.engines.manifest import ComponentSpec, EmbeddingSpec
 from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import open_checkpoint
+from t2v_rt.export.floats import to_bfloat16
 from t2v_rt.export.wan_text_encoder import TextEncoderConfig
-from t2v_rt.export.weights import to_bfloat16
 from t2v_rt.plan import plan
 from t2v_rt.runtime.embedding import EmbeddingTable
 from t2v_rt.runtime.memory_plan import parse_bytes
