@@ -73,7 +73,8 @@ class DDIMScheduler(AlphaScheduler[DDIMConfig]):
         a, b = np.sqrt(abar), np.sqrt(1 - abar)
         variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
         std = np.float32(eta) * np.sqrt(variance)
-        of_x0, of_epsilon = np.sqrt(abar_prev), np.sqrt(1 - abar_prev - std * std)
+        of_x0 = np.sqrt(abar_prev)
+        of_epsilon = np.sqrt(np.maximum(1 - abar_prev - std * std, 0))  # rounded below 0 at eta 1 and no signal
         x0 = self._x0(model_output, sample, abar)
 
         def epsilon(x: Float32, m: Float32, x0: Float32) -> Any:

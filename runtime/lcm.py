@@ -38,14 +38,6 @@ class LCMConfig(BetaConfig):
     timestep_scaling: float = 10.0
     rescale_betas_zero_snr: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
-            raise RequestError(
-                f"original_inference_steps is {self.original_inference_steps}; expected 1 to num_train_timesteps, "
-                f"{self.num_train_timesteps}"
-            )
-
 
 class LCMScheduler(AlphaScheduler[LCMConfig]):
     """Few-step sampler of distilled models that predict noise, data or velocity; diffusers' class of the same name.
@@ -59,7 +51,12 @@ class LCMScheduler(AlphaScheduler[LCMConfig]):
     def _schedule(
         self, steps: int, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, mu: float | None
     ) -> None:
-        original = self.config.original_inference_steps
+        original, train = self.config.original_inference_steps, self.config.num_train_timesteps
+        if original > train:
+            raise RequestError(
+                f"original_inference_steps is {original}; the model was trained on {train} timesteps only: set it to "
+                f"{train} or less"
+            )
         if timesteps is not None or steps > self.config.num_train_timesteps:
             return super()._schedule(steps, sigmas, timesteps, mu)
         if steps > original:

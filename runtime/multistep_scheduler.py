@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.alpha_scheduler import BetaConfig, check_training_range
+from t2v_rt.runtime.alpha_scheduler import BetaConfig
 from t2v_rt.runtime.predictions import FlowOrPrediction, data_prediction, threshold
 from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedules import log, shift_sigmas, timesteps_of_sigmas
@@ -76,8 +76,7 @@ class MultistepScheduler(Scheduler[M]):
         return sigmas, sigmas * train
 
     def _on_grid(self, grid: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Training levels at whole timesteps, and these."""
-        grid = check_training_range(grid, self.config.num_train_timesteps)
+        """Training levels at whole timesteps, and these; one outside the range has the level of its end."""
         return np.interp(grid, np.arange(len(self._levels)), self._levels), grid
 
     def _finish(self, sigmas: NDArray[Any], last: Any, timesteps: NDArray[Any]) -> None:

@@ -21,6 +21,9 @@ Generators = Generator | Sequence[Generator] | None
 Draw = Callable[[], Float32]
 MAX_STEPS = 100_000
 TIMESTEP_TOLERANCE = 1e-3  # the reference's float32 timesteps and ours may differ in the last digit
+# A sample, and predictions that differ from one step to the next, as differences of equal ones hide a division by zero;
+# three channels, as a model that predicts variances too has.
+REHEARSED = np.array([[[0.7, -1.3, 0.4]], [[0.9, -0.2, 1.1]], [[-0.6, 0.5, 1.7]], [[0.3, 1.9, -1.2]]], np.float32)
 SAMPLE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 
 
@@ -160,6 +163,22 @@ class Scheduler(Generic[C]):
                 )
             self._schedule(0, sigmas, timesteps, mu)
         self._start()
+        self._rehearse()
+        self._start()
+
+    def _rehearse(self) -> None:
+        """Steps once through the schedule on a few values; raises RequestError where a step cannot be made."""
+        x, *outputs = REHEARSED
+        learned = self._learned_shape(x.shape) != x.shape
+        for i, t in enumerate(self.timesteps):
+            m = outputs[i % len(outputs)]
+            try:
+                self.step(np.concatenate([m, np.abs(m)], 1) if learned else m, float(t), x, variance_noise=x)
+            except RequestError as exc:
+                raise RequestError(
+                    f"{type(self).__name__} cannot make step {i + 1} of {len(self.timesteps)}, from timestep {t:g}: "
+                    f"{exc}; take another number of steps, or other settings of the schedule"
+                ) from exc
 
     # -- steps --
 

@@ -51,7 +51,7 @@ def linspace(start: float, stop: float, count: int) -> Float32:
     step = np.float64((last - first) / np.float32(count - 1)) if count > 1 else np.float64(0.0)
     i = np.arange(count)
     rising, falling = np.float64(first) + step * i, np.float64(last) - step * (count - 1 - i)
-    return np.where(i < count // 2, rising, falling).astype(np.float32)
+    return np.where(i < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
 def make_betas(kind: str, start: float, stop: float, count: int, trained: Sequence[float] | None = None) -> Float32:
@@ -107,7 +107,8 @@ def rescaled_to_zero_snr(alphas_cumprod: Array) -> Array:
     """Cumulative alphas shifted and scaled so that the last is 0 (Lin et al., arXiv:2305.08891, algorithm 1)."""
     root = np.sqrt(alphas_cumprod)
     first, last = root[0], root[-1]
-    result: Array = np.square((root - last) * (first / (first - last)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single alpha has no such scale: NaN, as in the reference
+        result: Array = np.square((root - last) * (first / (first - last)))
     return result
 
 
@@ -167,11 +168,20 @@ def timesteps_of_sigmas(sigmas: Array, log_levels: Array) -> Float64:
 
     Returns:
         float64 (N,), fractional.
+
+    Raises:
+        RequestError: of the only training timestep, whose level does not tell one from the other.
     """
     log_sigmas = np.log(np.maximum(sigmas, sigmas.dtype.type(1e-10)))
     low = np.clip(np.searchsorted(log_levels, log_sigmas, side="right") - 1, 0, len(log_levels) - 2)
     below, above = log_levels[low], log_levels[low + 1]
-    w = np.clip((below - log_sigmas) / (below - above), 0, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # one level is both of them
+        w = np.clip((below - log_sigmas) / (below - above), 0, 1)
+    if np.any(np.isnan(w)):
+        raise RequestError(
+            f"num_train_timesteps is {len(log_levels)}, and the sigmas lie between no two training timesteps; expected "
+            "2 or more timesteps, or no sigmas of their own"
+        )
     result: Float64 = (1 - w) * low + w * (low + 1)
     return result
 
@@ -252,6 +262,11 @@ def dynamic_shift(sigmas: Array, mu: float, kind: str) -> Array:
 def stretch_to_terminal(sigmas: Array, terminal: float) -> Array:
     """Stretches a schedule so that its last sigma is `terminal` (Lightricks LTX-Video)."""
     distance = 1 - sigmas
+    if distance[-1] == 0:
+        raise RequestError(
+            f"shift_terminal is {terminal:g} and the schedule's only sigma is 1, which cannot be stretched; take more "
+            "steps, or leave shift_terminal out"
+        )
     result: Array = 1 - distance / (distance[-1] / (1 - terminal))
     return result
 

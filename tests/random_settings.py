@@ -11,7 +11,9 @@ from t2v_rt.runtime.schedulers import scheduler_class
 
 Rng = np.random.Generator
 SHAPES = [(1, 4, 2, 4, 6), (2, 3, 5, 5), (1, 3), (1, 16, 3, 5, 7), (3, 4, 1, 2, 2)]
-FEW_TRAINED = 250
+TRAINED = (1000, 1000, 1000, 250, 800, 100, 10, 3, 2, 1)  # timesteps of training
+ODD = (29, 31, 58, 62, 97)  # of 100 or 800, trailing: floating point makes one step more, from timestep -1
+WITHIN_TRAINED = ("CogVideoX", "DDIM", "DDPM", "LCM")  # beginnings of those that take no more steps than that
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ def pick(rng: Rng, *values: Any) -> Any:
 def draw(name: str, rng: Rng) -> Trial:
     """A random trial of a class, of options that go together."""
     settings, schedule, step = _beta_settings(name, rng), {}, {}
-    steps = int(rng.integers(1, 101))
-    schedule["num_inference_steps"] = steps
+    steps = schedule["num_inference_steps"] = _steps(name, settings["num_train_timesteps"], rng)
     match name:
         case "DDPMScheduler":
             _clipping(settings, rng)
@@ -48,8 +49,7 @@ def draw(name: str, rng: Rng) -> Trial:
             step = {"eta": pick(rng, 0.0, 0.3, 1.0), "use_clipped_model_output": pick(rng, True, False)}
         case "LCMScheduler":
             _clipping(settings, rng)
-            settings["original_inference_steps"] = pick(rng, 50, 100, 200)
-            schedule["num_inference_steps"] = int(rng.integers(1, settings["original_inference_steps"] + 1))
+            _original_steps(settings, schedule, rng)
             _custom_timesteps(settings, schedule, rng)
         case "PNDMScheduler":
             settings["skip_prk_steps"] = pick(rng, True, False)
@@ -78,6 +78,19 @@ def draw(name: str, rng: Rng) -> Trial:
     return Trial(name, settings, schedule, step, shape, int(rng.integers(2**32)))
 
 
+def _steps(name: str, train: int, rng: Rng) -> int:
+    steps = int(rng.integers(1, 101)) if rng.random() < 0.8 else pick(rng, *ODD)
+    return min(steps, train) if name.startswith(WITHIN_TRAINED) and rng.random() < 0.95 else steps
+
+
+def _original_steps(settings: dict[str, Any], schedule: dict[str, Any], rng: Rng) -> None:
+    original = pick(rng, 50, 100, 200)
+    if rng.random() < 0.95:  # else there may be more of them than training timesteps
+        original = min(original, settings["num_train_timesteps"])
+    settings["original_inference_steps"] = original
+    schedule["num_inference_steps"] = int(rng.integers(1, original + 1))
+
+
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -85,7 +98,7 @@ def _beta_settings(name: str, rng: Rng) -> dict[str, Any]:
     cls = scheduler_class(name)
     kinds = ["linear", "scaled_linear", "squaredcos_cap_v2"]
     kinds += {"DDPMScheduler": ["laplace", "sigmoid"], "HeunDiscreteScheduler": ["exp"]}.get(name, [])
-    train = pick(rng, 1000, 1000, 1000, FEW_TRAINED)
+    train = pick(rng, *TRAINED)
     start, stop = pick(rng, (0.0001, 0.02), (0.00085, 0.012), (0.0005, 0.01))
     settings = {
         "num_train_timesteps": train,
@@ -98,10 +111,10 @@ def _beta_settings(name: str, rng: Rng) -> dict[str, Any]:
     }
     if rng.random() < 0.1:
         settings["trained_betas"] = np.linspace(start, stop, train).tolist()
-    if "rescale_betas_zero_snr" in cls.Config.__dataclass_fields__ and rng.random() < 0.25:
+    if "rescale_betas_zero_snr" in cls.Config.__dataclass_fields__:
         # at zero signal, epsilon says nothing about the data: dividing by it is infinite in the reference, too
         divides = settings["prediction_type"] == "epsilon"
-        settings["rescale_betas_zero_snr"] = not divides
+        settings["rescale_betas_zero_snr"] = bool(rng.random() < (0.05 if divides else 0.25))
     return settings
 
 
@@ -119,7 +132,7 @@ def _thresholding(settings: dict[str, Any], rng: Rng) -> None:
 def _custom_timesteps(settings: dict[str, Any], schedule: dict[str, Any], rng: Rng) -> None:
     if rng.random() < 0.2:
         count = int(rng.integers(1, 30))
-        chosen = rng.choice(settings["num_train_timesteps"], count, replace=False)
+        chosen = rng.choice(settings["num_train_timesteps"], min(count, settings["num_train_timesteps"]), replace=False)
         schedule.clear()
         schedule["timesteps"] = sorted((int(t) for t in chosen), reverse=True)
 
@@ -148,7 +161,9 @@ def _euler(settings: dict[str, Any], schedule: dict[str, Any], step: dict[str, A
 
 
 def _flow_match(schedule: dict[str, Any], rng: Rng) -> dict[str, Any]:
-    settings: dict[str, Any] = {"shift": pick(rng, 1.0, 3.0, 5.0, 12.0), "stochastic_sampling": pick(rng, False, True)}
+    train = pick(rng, *TRAINED)
+    settings: dict[str, Any] = {"num_train_timesteps": train, "shift": pick(rng, 1.0, 3.0, 5.0, 12.0)}
+    settings["stochastic_sampling"] = pick(rng, False, True)
     settings["time_shift_type"] = pick(rng, "exponential", "linear")
     settings["invert_sigmas"] = bool(rng.random() < 0.1)
     if rng.random() < 0.2:
@@ -161,7 +176,7 @@ def _flow_match(schedule: dict[str, Any], rng: Rng) -> dict[str, Any]:
         count = int(rng.integers(1, 20))
         del schedule["num_inference_steps"]
         values = np.sort(rng.uniform(0.01, 1.0, count))[::-1]
-        schedule |= pick(rng, {"sigmas": values.tolist()}, {"timesteps": (values * 1000).tolist()})
+        schedule |= pick(rng, {"sigmas": values.tolist()}, {"timesteps": (values * train).tolist()})
     return settings
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
-import warnings
 from typing import Any
 
 import diffusers
@@ -36,7 +35,7 @@ from tests import differential
 from tests.random_settings import Trial
 
 STEP_TOLERANCE = 1e-6  # relative to the largest value, at the settings Wan is used with
-TRIALS = 12  # of each class; the whole table is `python -m tests.differential`
+TRIALS = 25  # of each class; the whole table is `python -m tests.differential`
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHAPE = (1, 4, 2, 4, 6)
 
@@ -52,10 +51,11 @@ def arrays(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_random_settings_beside_diffusers(name: str) -> None:
     diffusers.utils.logging.set_verbosity_error()
+    refused = 0
     for trial, outcome in differential.trials(name, TRIALS):
-        assert outcome.timesteps <= differential.SCHEDULE_TOLERANCE, trial
-        assert outcome.sigmas <= differential.SCHEDULE_TOLERANCE, trial
-        assert outcome.excess <= 1.0, (outcome, trial)
+        assert not outcome.failed, (outcome, trial)
+        refused += outcome.refused
+    assert refused <= TRIALS / 2
 
 
 def test_the_differential_test_can_fail() -> None:
@@ -76,9 +76,7 @@ def test_unipc_as_wan_uses_it(shift: float, steps: int, solver_type: str) -> Non
     last = {"bh1": "sigma_min", "bh2": "zero"}[solver_type]  # the reference's bh1 gives NaN at a last sigma of 0
     settings = {**FLOW, "flow_shift": shift, "solver_type": solver_type, "final_sigmas_type": last}
     trial = Trial("UniPCMultistepScheduler", settings, {"num_inference_steps": steps})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        outcome = differential.run(trial)
+    outcome = differential.run(trial)
     assert outcome.timesteps == outcome.sigmas == 0
     assert outcome.step < STEP_TOLERANCE
 
@@ -263,7 +261,6 @@ BAD_SETTINGS = [
         {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
         "solver_order is 3",
     ),
-    (LCMScheduler, {"original_inference_steps": 2000}, "original_inference_steps is 2000"),
     (FlowMatchEulerDiscreteScheduler, {"shift": 0.0}, "shift 0.0"),
 ]
 
