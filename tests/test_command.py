@@ -79,6 +79,7 @@ def test_the_report_and_the_files_metadata(narrow: Tiny, tmp_path: Path, capsys:
     assert not {"stage_seconds", "peak_rss_bytes", "output"} & set(metadata)
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_or_two_threads_write_the_same_bytes(narrow: Tiny, tmp_path: Path) -> None:
     files = []
     for i, threads in enumerate(("1", "2", "2")):

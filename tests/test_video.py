@@ -214,6 +214,7 @@ def test_another_process_on_one_core_writes_the_same_bytes(tmp_path: Path) -> No
     assert len(ours) == 2 * 40 + 4 + 4  # two folders of frames, four files, four metadata files
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "frames", "out.npy"])
 def test_frames_are_not_held(tmp_path: Path, name: str) -> None:
