@@ -20,7 +20,7 @@ import numpy as np
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.noise import Generator
 
 PROMPT, NEGATIVE = "a red ball bouncing on a blue background", "blurred"

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.engines import platform
 from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.video_images import contact_sheet, write_png
+from t2v_rt.runtime.video.images import contact_sheet, write_png
+from t2v_rt.system import platform
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.process_tree import measure
+from t2v_rt.commands.plan import plan
 from t2v_rt.engines.backends import get_backend
-from t2v_rt.engines.bundle import open_bundle
+from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.contract import Feeds
-from t2v_rt.plan import plan
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.families import wan
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
 Array = NDArray[np.float32]
@@ -77,8 +77,8 @@ def parity(checkpoint: Path, bundle: Path) -> dict[str, Any]:
         bundle: of it, of ONNX Runtime at fp32.
     """
     from t2v_rt.benchmarks.reference_encoder import ReferenceEncoder
-    from t2v_rt.export import wan as family
     from t2v_rt.export.checkpoint import open_checkpoint
+    from t2v_rt.export.wan import family
 
     reference = ReferenceEncoder(checkpoint / "text_encoder")
     pipe = TextToVideoPipeline.from_pretrained(bundle)

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.process_tree import measure
 from t2v_rt.benchmarks.true_size import relative, store
-from t2v_rt.engines import platform
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
+from t2v_rt.system import platform
 
 Array = NDArray[np.float32]
 SIDE, FRAMES, STEPS = 256, 9, 2

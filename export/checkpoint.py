@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.bundle import Stamps
+from t2v_rt.engines.bundle.store import Stamps
 from t2v_rt.errors import CheckpointError
-from t2v_rt.export import wan_published
 from t2v_rt.export.altering import refuse_quantized
 from t2v_rt.export.config import read_json
 from t2v_rt.export.found_instead import absent
-from t2v_rt.export.single_file import files_below, find_single_files, open_single_file
-from t2v_rt.export.weights import CheckpointWeights
+from t2v_rt.export.tensors import CheckpointWeights
+from t2v_rt.export.wan import published as wan_published
+from t2v_rt.export.wan.names import files_below, find_single_files, open_single_file
 
 NETWORKS = ("text_encoder", "transformer", "vae")
 FOLDERS = (*NETWORKS, "tokenizer", "scheduler")

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines import platform
 from t2v_rt.errors import CheckpointError, InputError, RequestError
-from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
+from t2v_rt.export.wan import family as wan
 from t2v_rt.export.weight_names import PICKLED, choose_weights
+from t2v_rt.system import platform
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.export.floats import narrowed
 from t2v_rt.export.quantize import Quantization
-from t2v_rt.export.weights import STORED_BYTES, CheckpointWeights, Transform
+from t2v_rt.export.tensors import STORED_BYTES, CheckpointWeights, Transform
 
 ALIGNMENT = 4096  # tensors start on page boundaries, so that a backend can map them from the file
 

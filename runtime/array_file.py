@@ -11,9 +11,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
-from t2v_rt.engines.outputs import check_file
 from t2v_rt.errors import RequestError, T2VError
+from t2v_rt.system import platform
+from t2v_rt.system.outputs import check_file
 
 SUFFIX, SETTINGS = ".npz", "settings"
 

@@ -8,12 +8,12 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from t2v_rt.engines import forked
 from t2v_rt.engines.backends import Backend, load_parts
-from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component, Engine
 from t2v_rt.runtime.first_use import prove
-from t2v_rt.runtime.memory_plan import MemoryPlan
+from t2v_rt.runtime.memory.plan import MemoryPlan
+from t2v_rt.system import forked
 
 
 class Components:
@@ -37,7 +37,7 @@ class Components:
         forked.watch(self)
 
     def after_fork(self) -> None:
-        """Leaves the engines to the parent; the next use loads them again. See `t2v_rt.engines.forked`."""
+        """Leaves the engines to the parent; the next use loads them again. See `t2v_rt.system.forked`."""
         self._loaded, self._users, self._runs, self._lock = {}, Counter(), Counter(), threading.RLock()
 
     @property

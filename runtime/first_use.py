@@ -10,11 +10,11 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 
-from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
-from t2v_rt.engines.user_cache import UserCache
 from t2v_rt.errors import EngineError
 from t2v_rt.runtime import self_test
+from t2v_rt.system.user_cache import UserCache
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.model import LatentSpec
+from t2v_rt.engines.bundle.model import LatentSpec
 
 Array = NDArray[np.float32]
 

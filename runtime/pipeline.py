@@ -12,27 +12,27 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.backends import Backend, backend_of, check_backend
-from t2v_rt.engines.bundle import Bundle, open_bundle
-from t2v_rt.engines.manifest import Manifest
-from t2v_rt.engines.plans import check_profiles
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.profiles import check_profiles
+from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime.admission import Admission
-from t2v_rt.runtime.denoiser import one_batch_is_faster
+from t2v_rt.runtime.decode.tiles import Grid, parse_grid
+from t2v_rt.runtime.denoise.denoiser import one_batch_is_faster
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
-from t2v_rt.runtime.memory_advice import advise, largest_fitting
-from t2v_rt.runtime.memory_estimates import on_card
-from t2v_rt.runtime.memory_plan import MemoryPlan, make_plan, parse_bytes
+from t2v_rt.runtime.memory.admission import Admission
+from t2v_rt.runtime.memory.advice import advise, largest_fitting
+from t2v_rt.runtime.memory.estimates import on_card
+from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
 from t2v_rt.runtime.request import Prompt, Request, check_latents, make_request
 from t2v_rt.runtime.run import FrameStream, Run, make_output
-from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedulers import get_scheduler
+from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.runtime.tiles import Grid, parse_grid
+from t2v_rt.system import platform
 
 Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]

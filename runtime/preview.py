@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.runtime.decode.tiles import WHOLE
 from t2v_rt.runtime.frames import to_uint8
-from t2v_rt.runtime.memory_plan import make_plan
+from t2v_rt.runtime.memory.plan import make_plan
 from t2v_rt.runtime.stages import Stages
-from t2v_rt.runtime.tiles import WHOLE
 
 Array = NDArray[np.float32]
 LONGEST_SIDE = 32  # latent rows or columns of a thumbnail, at most: a 16th of the work at 832x480

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import Manifest
-from t2v_rt.engines.model import ModelSpec
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.errors import RequestError, type_of
 from t2v_rt.numbers import as_flag, as_integer, as_number
+from t2v_rt.runtime.denoise.guidance import WHOLE, Guidance
+from t2v_rt.runtime.denoise.step_cache import check_threshold
 from t2v_rt.runtime.diffusers_habits import advice
-from t2v_rt.runtime.guidance import WHOLE, Guidance
 from t2v_rt.runtime.noise import Generator, check_generators, check_seed, randn_for
-from t2v_rt.runtime.prompt import check_text
-from t2v_rt.runtime.scheduler_base import check_steps
-from t2v_rt.runtime.step_cache import check_threshold
+from t2v_rt.runtime.prompts.tokenizer import check_text
+from t2v_rt.runtime.schedulers.base import check_steps
 
 OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 ZERO_INIT_STEPS = 1  # of CFG-Zero*; its paper zeroes the first 4 % of the steps, diffusers' guider one

@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
 from t2v_rt.errors import RequestError, type_of
-from t2v_rt.runtime.admission import Admission
 from t2v_rt.runtime.cancel import check_cancelled, check_event
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.step_cache import StepCache
 from t2v_rt.runtime.diffusers_habits import advice
-from t2v_rt.runtime.encoder import check_finite
 from t2v_rt.runtime.frames import to_uint8
-from t2v_rt.runtime.memory_plan import MemoryPlan
+from t2v_rt.runtime.memory.admission import Admission
+from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
+from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
-from t2v_rt.runtime.scheduler_base import Scheduler
+from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.runtime.step_cache import StepCache
+from t2v_rt.system import platform
 
 Array = NDArray[np.float32]
 Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]

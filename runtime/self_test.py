@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
+from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.contract import Component, EngineState
-from t2v_rt.engines.manifest import ComponentSpec, Manifest
-from t2v_rt.engines.model import ModelSpec
 from t2v_rt.errors import BundleError
-from t2v_rt.runtime.family import family_of
+from t2v_rt.runtime.families import family_of
 
 FOLDER = "self_test"  # of the bundle; a file for each component
 WEIGHTS_MARGIN = 1.5  # times the error that quantized weights had on the CPU: a GPU rounds other things

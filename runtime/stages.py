@@ -12,20 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines.backends import Backend
-from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
-from t2v_rt.engines.manifest import Manifest
 from t2v_rt.errors import OutOfMemoryError, RequestError
 from t2v_rt.runtime.cancel import check_cancelled
 from t2v_rt.runtime.components import Components
-from t2v_rt.runtime.embedding import EmbeddingTable
-from t2v_rt.runtime.encoder import PromptEncoder, check_finite
-from t2v_rt.runtime.family import family_of
+from t2v_rt.runtime.families import family_of
 from t2v_rt.runtime.frames import denormalize, to_unit_range
-from t2v_rt.runtime.memory_estimates import Way
-from t2v_rt.runtime.memory_plan import MemoryPlan
-from t2v_rt.runtime.prompt import PromptTokenizer
-from t2v_rt.runtime.prompt_cache import PromptCache
+from t2v_rt.runtime.memory.estimates import Way
+from t2v_rt.runtime.memory.plan import MemoryPlan
+from t2v_rt.runtime.prompts.cache import PromptCache
+from t2v_rt.runtime.prompts.embedding import EmbeddingTable
+from t2v_rt.runtime.prompts.encoder import PromptEncoder, check_finite
+from t2v_rt.runtime.prompts.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]

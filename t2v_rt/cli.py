@@ -267,7 +267,7 @@ def run_build(options: argparse.Namespace) -> None:
 
 def _dry_run(options: argparse.Namespace) -> None:
     from t2v_rt.build import BuildRequest
-    from t2v_rt.dry_run import describe, dry_run
+    from t2v_rt.build.dry_run import describe, dry_run
 
     request = BuildRequest(
         options.checkpoint,
@@ -292,7 +292,7 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
 
 def run_generate(options: argparse.Namespace) -> None:
     """`generate`."""
-    from t2v_rt.generate import generate
+    from t2v_rt.commands.generate import generate
     from t2v_rt.progress import Bars
 
     with Bars() as bars:
@@ -309,7 +309,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """`inspect`."""
-    from t2v_rt.inspect import describe, inspect_bundle
+    from t2v_rt.commands.inspect import describe, inspect_bundle
 
     report = inspect_bundle(options.bundle)
     show(options, report, describe(report))
@@ -317,7 +317,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """`encode`."""
-    from t2v_rt.encode import encode
+    from t2v_rt.commands.encode import encode
 
     report = encode(
         options.prompt,
@@ -337,8 +337,8 @@ def run_encode(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """`plan`."""
-    from t2v_rt.engines.outputs import check_apart
-    from t2v_rt.plan import check_picture, describe, plan, write_picture
+    from t2v_rt.commands.plan import check_picture, describe, plan, write_picture
+    from t2v_rt.system.outputs import check_apart
 
     if options.picture is not None:
         check_apart({"--picture": check_picture(options.picture)}, {"BUNDLE": options.bundle})
@@ -357,7 +357,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """`verify`; fails where a component does."""
-    from t2v_rt.verify import verify
+    from t2v_rt.commands.verify import verify
 
     report = verify(
         options.bundle,
@@ -377,7 +377,7 @@ def run_verify(options: argparse.Namespace) -> None:
 
 def run_doctor(options: argparse.Namespace) -> None:
     """`doctor`."""
-    from t2v_rt.doctor import describe, examine
+    from t2v_rt.commands.doctor import describe, examine
 
     report = examine()
     show(options, report, describe(report))

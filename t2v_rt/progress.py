@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
-from t2v_rt.engines import platform
+from t2v_rt.system import platform
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
