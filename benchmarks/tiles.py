@@ -22,7 +22,7 @@ from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.video.images import contact_sheet, write_png
-from t2v_rt.system import platform
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def decode_noise(bundle: str, num_frames: str, grid: str) -> None:
     latents = Generator(0).randn(pipe.manifest.model.latent_shape(1, SIDE, SIDE, int(num_frames)))
     for _ in pipe.decode(latents):
         pass
-    print(platform.peak_rss_bytes())
+    print(peak_rss_bytes())
 
 
 def memory(bundle: Path, num_frames: int, grid: str) -> int:

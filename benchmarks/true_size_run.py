@@ -29,7 +29,7 @@ from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
-from t2v_rt.system import platform
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 SIDE, FRAMES, STEPS = 256, 9, 2
@@ -106,7 +106,7 @@ def tell_opening(bundle: str) -> None:
     """What `opening` measures in a process of its own, printed as JSON."""
     start = time.perf_counter()
     pipe = TextToVideoPipeline.from_pretrained(bundle)
-    opened, memory = time.perf_counter() - start, platform.peak_rss_bytes()
+    opened, memory = time.perf_counter() - start, peak_rss_bytes()
     model = pipe.manifest.model
     latents = Generator(0).randn(model.latent_shape(1, SIDE, SIDE, FRAMES))
     embeds = np.zeros((1, model.text.length, model.text.dim), np.float32)
@@ -125,7 +125,7 @@ def tell_opening(bundle: str) -> None:
         "first_denoiser_call_seconds": seconds[0],
         "steady_denoiser_call_seconds": steady,
         "first_minus_steady_seconds": seconds[0] - steady,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     print(json.dumps(report))
 

@@ -13,7 +13,7 @@ from t2v_rt.errors import CheckpointError, InputError, RequestError
 from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
 from t2v_rt.export.wan import family as wan
 from t2v_rt.export.weight_names import PICKLED, choose_weights
-from t2v_rt.system import platform
+from t2v_rt.system.files import free_disk_bytes, is_terminal
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,7 +53,7 @@ def fetch(repository: str, revision: str | None = None, *, download: bool = True
         raise InputError(
             f"{repository} is not a folder here; to take it from the Hugging Face hub, install t2v-rt[hub]"
         ) from exc
-    if not platform.is_terminal(sys.stderr):  # its bars are for a person, as ours are
+    if not is_terminal(sys.stderr):  # its bars are for a person, as ours are
         huggingface_hub.utils.disable_progress_bars()
     if not download:
         return _from_cache(huggingface_hub, repository, revision, "nothing is downloaded for an estimate")
@@ -136,7 +136,7 @@ def _check_disk(repository: str, sizes: Mapping[str, int]) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    needed, free = sum(sizes.values()), platform.free_disk_bytes(cache)
+    needed, free = sum(sizes.values()), free_disk_bytes(cache)
     if needed > free:
         raise RequestError(
             f"{repository}: {needed / 1e9:.3g} GB are to be downloaded, {free / 1e9:.3g} GB are free at {cache}; make "

@@ -32,7 +32,7 @@ from t2v_rt.runtime.run import FrameStream, Run, make_output
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.system import platform
+from t2v_rt.system.resources import available_memory_bytes
 
 Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -332,7 +332,7 @@ class TextToVideoPipeline(DiffusersHabits):
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
-        return None if on_card(self.manifest) else platform.available_memory_bytes()
+        return None if on_card(self.manifest) else available_memory_bytes()
 
     def check_memory(self, request: Request, plan: MemoryPlan) -> None:
         """Refuses a request that cannot fit, before anything is allocated.

@@ -26,7 +26,7 @@ from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.system import platform
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -330,7 +330,7 @@ def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> 
         stage_seconds=run.seconds,
         step_calls=tuple(run.step_calls),
         skipped_calls=run.skipped_calls,
-        peak_rss_bytes=platform.peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
     )
 
 

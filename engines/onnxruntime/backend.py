@@ -21,7 +21,8 @@ from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.numbers import as_integer
 from t2v_rt.system import forked
-from t2v_rt.system.platform import native_name, usable_threads
+from t2v_rt.system.files import native_name
+from t2v_rt.system.resources import usable_threads
 
 OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|bad_?alloc|out of memory", re.IGNORECASE)
 ERRORS_ONLY = 3  # ONNX Runtime's log level

@@ -22,7 +22,8 @@ from typing import Any
 
 from t2v_rt.engines.tensorrt.library import Library, load_library
 from t2v_rt.errors import EngineError, T2VError
-from t2v_rt.system import platform
+from t2v_rt.system.files import create_private
+from t2v_rt.system.resources import peak_rss_bytes
 
 CONTEXT = re.compile(r"Total Activation Memory: (\d+) bytes")  # said once for each shape profile
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
@@ -93,7 +94,7 @@ def make_writer(trt: Any, path: Path) -> Any:
     class PlanWriter(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
-            self.file = platform.create_private(path)
+            self.file = create_private(path)
             self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
@@ -157,7 +158,7 @@ def build(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         "fused_attention": fused,
         "version": library.version,
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from t2v_rt.errors import BundleError, RequestError
-from t2v_rt.system.platform import native_name
+from t2v_rt.system.files import native_name
 
 logger = logging.getLogger(__name__)
 SURROGATE = re.compile("[\ud800-\udfff]")

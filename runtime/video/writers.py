@@ -25,7 +25,8 @@ from t2v_rt.runtime.video.formats import (
     metadata_path,
 )
 from t2v_rt.runtime.video.images import Frame, check_image, encode_png
-from t2v_rt.system import platform
+from t2v_rt.system.files import remove_abandoned, remove_tree, replace_file, replace_together
+from t2v_rt.system.temporaries import temporary_sibling
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -57,7 +58,7 @@ class VideoWriter(ABC):
         self._is_open = False
         self._metadata = canonical_json(metadata)
         self._title = metadata.get("prompt")
-        self._temporary = platform.temporary_sibling(target)
+        self._temporary = temporary_sibling(target)
 
     def write(self, frame: Frame) -> None:
         """Adds a frame.
@@ -79,7 +80,7 @@ class VideoWriter(ABC):
         self.written += 1
 
     def __enter__(self) -> Self:
-        platform.remove_abandoned(self.target)
+        remove_abandoned(self.target)
         try:
             with self._wrapped(RequestError, "choose another size or format"):
                 self._open()
@@ -102,7 +103,7 @@ class VideoWriter(ABC):
                 with self._wrapped(T2VError, "close programs that use it, or choose another place"):
                     self._publish()
         finally:
-            platform.remove_tree(self._temporary)
+            remove_tree(self._temporary)
         if error is None and not complete:
             raise RequestError(f"{self.target}: {self.written} of {self.num_frames} frames were written; nothing kept")
 
@@ -116,16 +117,16 @@ class VideoWriter(ABC):
 
     def _publish(self) -> None:
         if self.suffix not in SIDECAR:
-            platform.replace_file(self._temporary, self.target)
+            replace_file(self._temporary, self.target)
             return
         beside = metadata_path(self.target)
-        platform.remove_abandoned(beside)
-        temporary = platform.temporary_sibling(beside)
+        remove_abandoned(beside)
+        temporary = temporary_sibling(beside)
         try:
             temporary.write_text(self._metadata + "\n", encoding="utf-8", newline="\n")
-            platform.replace_together([(self._temporary, self.target), (temporary, beside)])
+            replace_together([(self._temporary, self.target), (temporary, beside)])
         finally:
-            platform.remove_tree(temporary)
+            remove_tree(temporary)
 
     @abstractmethod
     def _open(self) -> None: ...

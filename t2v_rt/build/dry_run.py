@@ -13,7 +13,8 @@ from t2v_rt.commands.plan import describe as describe_plan
 from t2v_rt.commands.plan import plan_request
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
-from t2v_rt.system import platform
+from t2v_rt.system.files import free_disk_bytes
+from t2v_rt.system.resources import available_memory_bytes
 
 if TYPE_CHECKING:
     from t2v_rt.build.job import BuildJob, Part
@@ -49,8 +50,8 @@ def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str
         **report,
         "estimated": True,
         **vars(needs),
-        "free_disk_bytes": platform.free_disk_bytes(Path(output or ".").absolute()),
-        "available_memory_bytes": platform.available_memory_bytes(),
+        "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
+        "available_memory_bytes": available_memory_bytes(),
     }
 
 

@@ -25,11 +25,16 @@ from t2v_rt.export.tokenizer import read_tokenizer
 from t2v_rt.export.wan import family as wan
 from t2v_rt.export.wan.profiles import component_forms, component_ranges, with_grids
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
-from t2v_rt.system import platform
+from t2v_rt.system.files import free_disk_bytes, remove_tree
+from t2v_rt.system.resources import available_memory_bytes
 
 logger = logging.getLogger(__name__)
 FULL_SIZE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 7}  # of float32 weights, in units of those stored
 REFERENCE_GROWTH = 2.2  # of float32 weights in memory: ONNX Runtime packs the largest matrices once more
+# modules of the exporter that find and check what is read, and change no byte of what is written
+FINDERS = frozenset(
+    ["altering.py", "checkpoint.py", "config.py", "found_instead.py", "hub.py", "tokenizer.py", "weight_names.py"]
+)
 Report = Callable[[float], None]
 Result = Mapping[str, Any]
 
@@ -57,6 +62,25 @@ class Part:
     @property
     def name(self) -> str:
         return f"{self.component}.{self.roles[0]}"
+
+
+def code_files(makes_plans: bool) -> list[Path]:
+    """The modules that decide what bytes are in a bundle, in a fixed order.
+
+    Args:
+        makes_plans: whether plans are built.
+    """
+    import t2v_rt.engines.tensorrt
+    import t2v_rt.export
+    import t2v_rt.runtime
+
+    export, runtime = (Path(package.__path__[0]) for package in (t2v_rt.export, t2v_rt.runtime))
+    files = [file for file in sorted(export.rglob("*.py")) if file.relative_to(export).as_posix() not in FINDERS]
+    files += [runtime / "self_test.py", *sorted((runtime / "families").glob("*.py"))]
+    if makes_plans:
+        plans = Path(t2v_rt.engines.tensorrt.__path__[0])
+        files += [plans / f"{name}.py" for name in ("builder", "library", "worker")]
+    return files
 
 
 @dataclass(frozen=True)
@@ -127,13 +151,7 @@ class BuildJob:
 
     def _fingerprint(self, builder: Mapping[str, str], profiles: Sequence[VideoProfile]) -> str:
         """A hash of all that goes into a bundle: weights and configs, settings, and the code that builds."""
-        import t2v_rt.engines
-        import t2v_rt.export
-        from t2v_rt.runtime import self_test
-
-        files = [*sorted(Path(t2v_rt.export.__path__[0]).glob("*.py")), Path(self_test.__file__)]
-        if self.makes_plans:
-            files += sorted(Path(t2v_rt.engines.__path__[0]).glob("tensorrt_*.py"))
+        files = code_files(self.makes_plans)
         code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         content = {
             "schema": SCHEMA_VERSION,
@@ -232,7 +250,7 @@ class BuildJob:
         needed = int(largest * REFERENCE_GROWTH) * (
             FULL_SIZE[built.weights] if built.weights else FULL_SIZE[built.precision]
         )
-        room = min(platform.available_memory_bytes(), platform.free_disk_bytes(folder))
+        room = min(available_memory_bytes(), free_disk_bytes(folder))
         if needed > room:
             logger.warning(
                 "the bundle carries no self-test of %s: its float32 reference needs %.1f GB of memory and disk of %.1f",
@@ -256,7 +274,7 @@ class BuildJob:
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 answers += self_test.run_calls(name, component, manifest.model, built)
             if again:
-                platform.remove_tree(place / name)
+                remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
         return {}
 
@@ -274,7 +292,7 @@ class BuildJob:
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 results += self_test.run_calls(name, component, manifest.model, built)
             if self.makes_plans:
-                platform.remove_tree(place / name)
+                remove_tree(place / name)
         return {"error": self_test.largest_error(name, results, work.bundle)}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v_rt.errors import RequestError
-from t2v_rt.system import platform
+from t2v_rt.system.files import free_disk_bytes
+from t2v_rt.system.resources import available_memory_bytes
 
 if TYPE_CHECKING:
     from t2v_rt.build.job import BuildJob
@@ -45,7 +46,7 @@ class Needs:
         Raises:
             RequestError: it does not fit.
         """
-        free, available = platform.free_disk_bytes(target.absolute().parent), platform.available_memory_bytes()
+        free, available = free_disk_bytes(target.absolute().parent), available_memory_bytes()
         needed = self.disk_bytes - finished
         if needed > free:
             raise RequestError(

@@ -18,7 +18,15 @@ from typing import Any
 from t2v_rt.engines.bundle.manifest import FileEntry
 from t2v_rt.engines.bundle.store import check_bundle_place, check_replaceable, hash_file
 from t2v_rt.errors import CheckpointError, RequestError
-from t2v_rt.system import platform
+from t2v_rt.system.files import (
+    is_private,
+    lasting_sibling,
+    locked,
+    remove_abandoned,
+    remove_tree,
+    replace_directory,
+    replace_file,
+)
 
 logger = logging.getLogger(__name__)
 CONTINUES = "finished parts are kept, the same command goes on from there"
@@ -39,8 +47,8 @@ class Work:
         self.bundle, self.scratch, self._notes = place / "bundle", place / "scratch", place / "parts"
         self._parts: dict[str, Result] = {}
         self.files: dict[str, FileEntry] = {}
-        if not platform.is_private(place):  # what another could have written is not built upon
-            platform.remove_tree(place)
+        if not is_private(place):  # what another could have written is not built upon
+            remove_tree(place)
         place.mkdir(mode=0o700, exist_ok=True)
         for folder in (self.bundle, self._notes):
             folder.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ class Work:
             return self._parts[name]
         self.scratch.mkdir()
         result = make()
-        platform.remove_tree(self.scratch)
+        remove_tree(self.scratch)
         files = {path: _entry(self.bundle / path) for path in self._listed() if path not in self.files}
         content = {
             "fingerprint": self._fingerprint,
@@ -78,17 +86,17 @@ class Work:
         }
         temporary = self.place / "note"
         temporary.write_text(json.dumps(content), encoding="utf-8")
-        platform.replace_file(temporary, self._notes / f"{name}.json")
+        replace_file(temporary, self._notes / f"{name}.json")
         self.files.update(files)
         self._parts[name] = result
         return result
 
     def clean(self) -> bool:
         """Removes what belongs to no finished part; returns whether there is one."""
-        platform.remove_tree(self.scratch)
+        remove_tree(self.scratch)
         for path in self._listed():
             if path not in self.files:
-                platform.remove_tree(self.bundle / path)
+                remove_tree(self.bundle / path)
         for folder in sorted((path for path in self.bundle.rglob("*") if path.is_dir()), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
@@ -109,7 +117,7 @@ class Work:
                 return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             logger.info("%s is of no use: %s", note, exc)
-        platform.remove_tree(note)
+        remove_tree(note)
 
 
 def _entry(file: Path) -> FileEntry:
@@ -134,19 +142,19 @@ def open_work(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterato
     """
     target = check_bundle_place(target)
     check_replaceable(target)
-    platform.remove_abandoned(target)
-    place = platform.lasting_sibling(target)
-    with platform.locked(place.with_name(f"{place.name}.lock"), f"{target} is being built by another process"):
+    remove_abandoned(target)
+    place = lasting_sibling(target)
+    with locked(place.with_name(f"{place.name}.lock"), f"{target} is being built by another process"):
         if fresh:
-            platform.remove_tree(place)
+            remove_tree(place)
         work = Work(place, fingerprint)
         try:
             yield work
-            platform.replace_directory(work.bundle, target)
+            replace_directory(work.bundle, target)
         except BaseException as exc:
             kept = work.clean() and not isinstance(exc, CheckpointError)
             if not kept:
-                platform.remove_tree(place)
+                remove_tree(place)
             if isinstance(exc, OSError) and exc.errno in FULL:
                 raise RequestError(
                     f"{target}: the disk is full ({exc.strerror}); make room" + (f"; {CONTINUES}" if kept else "")
@@ -154,4 +162,4 @@ def open_work(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterato
             if kept:
                 exc.add_note(CONTINUES)
             raise
-        platform.remove_tree(place)
+        remove_tree(place)

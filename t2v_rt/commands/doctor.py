@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import metadata, util
 from typing import Any
 
-from t2v_rt.system import platform
+from t2v_rt.system.resources import available_memory_bytes
 
 LIBRARIES = (
     "t2v-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "av", "onnx", "tensorrt-rtx", "tensorrt",
@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "python": python_platform.python_version(),
         "system": f"{python_platform.system()} {python_platform.release()} {python_platform.machine()}",
         "cores": os.cpu_count(),
-        "memory_bytes": platform.available_memory_bytes(),
+        "memory_bytes": available_memory_bytes(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "gpus": gpus,
         "gpu_problem": gpu_problem,

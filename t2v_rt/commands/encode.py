@@ -10,8 +10,8 @@ from t2v_rt.runtime.array_file import check_array_path
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.prompts.file import PROMPT_EMBEDS, PromptEmbeds, save_prompt
 from t2v_rt.runtime.prompts.tokenizer import check_text
-from t2v_rt.system import platform
 from t2v_rt.system.outputs import check_apart
+from t2v_rt.system.resources import peak_rss_bytes
 
 
 def encode(
@@ -67,5 +67,5 @@ def encode(
         "negative_prompt": negative,
         "tokens": [len(pipe.stages.tokenizer.encode(text)) for text in (prompt, negative)],
         "seconds": seconds,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }

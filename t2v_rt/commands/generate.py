@@ -21,8 +21,8 @@ from t2v_rt.runtime.prompts.tokenizer import check_text
 from t2v_rt.runtime.run import FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.video import check_output, check_png, contact_sheet, open_writer, side_files, write_png
-from t2v_rt.system import platform
 from t2v_rt.system.outputs import check_apart
+from t2v_rt.system.resources import peak_rss_bytes
 
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
@@ -81,7 +81,7 @@ def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "stage_seconds": {**stages, "write": seconds["write"]},
         "step_calls": list(stream.step_calls) if stream else [],
         "skipped_calls": stream.skipped_calls if stream else 0,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
@@ -183,7 +183,7 @@ def _sample_only(
         "stage_seconds": dict(stream.stage_seconds),
         "step_calls": list(stream.step_calls),
         "skipped_calls": stream.skipped_calls,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 

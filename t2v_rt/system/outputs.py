@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
-from t2v_rt.engines.bundle.manifest import MANIFEST_NAME
 from t2v_rt.errors import RequestError
-from t2v_rt.system import platform
+from t2v_rt.system.files import check_writable_parent
 
 KINDS = {
     stat.S_IFREG: "a file",
@@ -26,6 +25,7 @@ KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }
+MANIFEST_NAME = "bundle.json"  # a folder with it is a bundle
 RESERVED = frozenset(["con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))])
 
 
@@ -74,7 +74,7 @@ def check_place(path: str | Path, kind: int, expected: str) -> Path:
         raise RequestError(
             f"{text} is a link to {target}, which is not there; create that, or give a path without link"
         )
-    platform.check_writable_parent(target)
+    check_writable_parent(target)
     if not os.path.lexists(target):
         return target
     if kind == stat.S_IFREG and target.suffix.lower() != Path(text).suffix.lower():

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from t2v_rt.system import platform
+from t2v_rt.system.files import create_private, is_private, replacing
 
 logger = logging.getLogger(__name__)
 PRIVATE = stat.S_IRWXU
@@ -84,7 +84,7 @@ class UserCache:
             path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
             for folder in (path.parent.parent, path.parent):
                 folder.mkdir(mode=PRIVATE, exist_ok=True)
-            with platform.replacing(path) as temporary, platform.create_private(temporary) as stream:
+            with replacing(path) as temporary, create_private(temporary) as stream:
                 stream.write(content)
         except OSError as exc:
             _tell(f"nothing can be kept in {path.parent.parent} ({exc.strerror or exc})")
@@ -128,7 +128,7 @@ def _objection(folder: Path) -> str:
     try:
         if not stat.S_ISDIR(folder.stat().st_mode):
             return f"{folder} is not a folder"
-        if not platform.is_private(folder.resolve()):
+        if not is_private(folder.resolve()):
             return f"{folder} is another user's, or others may write to it"
     except FileNotFoundError:  # it is made when something is kept
         return ""

@@ -14,7 +14,7 @@ from t2v_rt import CheckpointError, RequestError, build_engines
 from t2v_rt.build.work_folder import CONTINUES, Work, open_work
 from t2v_rt.cli import main
 from t2v_rt.progress import Bars
-from t2v_rt.system import platform
+from t2v_rt.system.files import lasting_sibling
 from tests.conftest import Tiny
 from tests.support.processes import start_and_meet
 
@@ -52,7 +52,7 @@ def ended(narrow: Tiny, output: Path, at: str = "vae_decoder") -> Path:
         build_engines(narrow.checkpoint, output, progress=Stop(at))
     assert caught.value.__notes__ == [CONTINUES]
     assert not output.exists()
-    work = platform.lasting_sibling(output)
+    work = lasting_sibling(output)
     assert hidden(output.parent) == [work.name]
     return work
 
@@ -109,7 +109,7 @@ def test_damaged_notes_are_of_no_use(narrow: Tiny, tmp_path: Path) -> None:
 def test_a_work_folder_that_others_can_write_is_not_built_upon(tmp_path: Path) -> None:
     for spoil in ("open", "link"):
         target = tmp_path / spoil
-        place = platform.lasting_sibling(target)
+        place = lasting_sibling(target)
         Work(place, "same").part("a", lambda: {})
         assert Work(place, "same").clean()
         if spoil == "open":
@@ -137,7 +137,7 @@ def test_a_killed_build_goes_on(narrow: Tiny, tmp_path: Path) -> None:
     with start_and_meet(*command, at="transformer") as process:
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    notes = platform.lasting_sibling(tmp_path / "b") / "parts"
+    notes = lasting_sibling(tmp_path / "b") / "parts"
     assert not (tmp_path / "b").exists()
     first = (notes / "text_encoder.blocks_0.json").stat().st_mtime_ns
     seen: list[int] = []

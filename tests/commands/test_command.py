@@ -37,7 +37,7 @@ sys.exit(code)
 PEAK = """
 import sys
 from t2v_rt import TextToVideoPipeline
-from t2v_rt.system.platform import peak_rss_bytes
+from t2v_rt.system.resources import peak_rss_bytes
 from t2v_rt.runtime.noise import Generator
 pipe = TextToVideoPipeline.from_pretrained(sys.argv[1])
 for count in map(int, sys.argv[2:]):

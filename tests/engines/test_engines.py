@@ -15,7 +15,7 @@ from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import from_plain, to_plain
 from t2v_rt.engines.bundle.store import Stamps, open_bundle
 from t2v_rt.engines.specs import TensorSpec
-from t2v_rt.system import platform
+from t2v_rt.system.files import replace_directory
 from tests.conftest import Tiny
 
 FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
@@ -116,9 +116,9 @@ def test_replacing_a_folder(tmp_path: Path) -> None:
     for folder, text in ((target, "old"), (new, "new")):
         folder.mkdir()
         (folder / "file").write_text(text)
-    platform.replace_directory(new, target)
+    replace_directory(new, target)
     assert (target / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     with pytest.raises(FileNotFoundError):
-        platform.replace_directory(tmp_path / "none", target)
+        replace_directory(tmp_path / "none", target)
     assert (target / "file").read_text() == "new"

@@ -15,7 +15,8 @@ from t2v_rt.cli import main
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.request import make_request
-from t2v_rt.system import cgroups, platform
+from t2v_rt.system import cgroups, files
+from t2v_rt.system.resources import usable_processors
 from tests.conftest import Tiny
 
 
@@ -23,7 +24,7 @@ from tests.conftest import Tiny
 def test_threads_are_capped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, usable: int, cores: int
 ) -> None:
-    monkeypatch.setattr(platform, "usable_processors", lambda: usable)
+    monkeypatch.setattr(files, "usable_processors", lambda: usable)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
 
     def threads(asked: int | None) -> object:
@@ -47,11 +48,11 @@ def test_a_request_for_too_many_threads_is_told_once(
 
 
 def test_processors_of_this_process() -> None:
-    usable = platform.usable_processors()
+    usable = usable_processors()
     assert 1 <= usable <= (os.cpu_count() or 1)
     if sys.platform == "linux":
         code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        code += "from t2v_rt.engines import platform; print(platform.usable_processors())"
+        code += "from t2v_rt.engines import platform; print(usable_processors())"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout == "1\n"
 
@@ -61,7 +62,7 @@ def test_processors_of_this_process() -> None:
 def test_a_part_of_a_processor_counts_as_one(monkeypatch: pytest.MonkeyPatch, quota: float | None, usable: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
     monkeypatch.setattr(cgroups, "processor_quota", lambda: quota)
-    assert platform.usable_processors() == usable
+    assert usable_processors() == usable
 
 
 def test_quotas_of_groups(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from t2v_rt.errors import RequestError
-from t2v_rt.system import cgroups, platform
+from t2v_rt.system import cgroups, files
+from t2v_rt.system.resources import available_memory_bytes
 from t2v_rt.system.user_cache import cache_folder
 
 READING_TOLERANCE = 0.2  # of a peak: what the system's own counting may be late by
@@ -27,24 +28,24 @@ def names(path: Path) -> list[str]:
 
 def test_temporary_siblings_are_hidden_beside_and_unlike(tmp_path: Path) -> None:
     target = tmp_path / "out.mp4"
-    first, second = platform.temporary_sibling(target), platform.temporary_sibling(target)
+    first, second = files.temporary_sibling(target), files.temporary_sibling(target)
     assert first != second
     assert first.parent == second.parent == tmp_path
     assert first.name.startswith(".out.mp4.")
-    platform.temporary_sibling(tmp_path / ("长" * 85)).touch()  # 255 bytes, the longest name there can be
+    files.temporary_sibling(tmp_path / ("长" * 85)).touch()  # 255 bytes, the longest name there can be
 
 
 def test_a_file_takes_its_place(tmp_path: Path) -> None:
     for text in ("one", "two"):
         (tmp_path / "new").write_text(text)
-        platform.replace_file(tmp_path / "new", tmp_path / "file")
+        files.replace_file(tmp_path / "new", tmp_path / "file")
         assert (tmp_path / "file").read_text() == text
     assert names(tmp_path) == ["file"]
 
 
 def test_a_folder_takes_its_place(tmp_path: Path) -> None:
     for text in ("one", "two"):
-        platform.replace_directory(folder(tmp_path / "new", text), tmp_path / "folder")
+        files.replace_directory(folder(tmp_path / "new", text), tmp_path / "folder")
         assert (tmp_path / "folder/file").read_text() == text
     assert names(tmp_path) == ["folder"]
 
@@ -57,7 +58,7 @@ class Renames:
         self.failing = failing
         self.replace = Path.replace
         monkeypatch.setattr(Path, "replace", lambda *paths: self(*paths))  # noqa: PLW0108  objects do not bind
-        monkeypatch.setattr(platform, "PAUSE", 0.0)
+        monkeypatch.setattr(files, "PAUSE", 0.0)
 
     def __call__(self, source: Path, target: Path) -> Path:
         self.calls += 1
@@ -69,7 +70,7 @@ class Renames:
 def test_a_file_held_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "new").write_text("new")
     renames = Renames(monkeypatch, {1: PermissionError, 2: PermissionError})
-    platform.replace_file(tmp_path / "new", tmp_path / "file")
+    files.replace_file(tmp_path / "new", tmp_path / "file")
     assert renames.calls == 3
     assert names(tmp_path) == ["file"]
 
@@ -78,7 +79,7 @@ def test_a_file_held_for_good_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "new").write_text("new")
     Renames(monkeypatch, dict.fromkeys(range(1, 100), PermissionError))
     with pytest.raises(PermissionError):
-        platform.replace_file(tmp_path / "new", tmp_path / "file")
+        files.replace_file(tmp_path / "new", tmp_path / "file")
     assert names(tmp_path) == ["new"]
 
 
@@ -90,7 +91,7 @@ def test_an_old_folder_is_put_back(
     old, new = folder(tmp_path / "old", "old"), folder(tmp_path / "new", "new")
     Renames(monkeypatch, {call: error})
     with pytest.raises(error):
-        platform.replace_directory(new, old)
+        files.replace_directory(new, old)
     assert (old / "file").read_text() == "old"
     assert names(tmp_path) == ["new", "old"]
 
@@ -105,10 +106,10 @@ def test_all_take_their_places_or_none(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         Renames(patch, {call: OSError})
         with pytest.raises(OSError):
-            platform.replace_together(pairs)
+            files.replace_together(pairs)
     assert names(tmp_path) == before
     assert {target.read_text() for _, target in pairs} == {"old"}
-    platform.replace_together(pairs)
+    files.replace_together(pairs)
     assert names(tmp_path) == ["a", "b"]
     assert {target.read_text() for _, target in pairs} == {"new"}
 
@@ -118,14 +119,14 @@ def test_trees_are_removed(tmp_path: Path) -> None:
     tree = folder(tmp_path / "tree", "gone")
     (tree / "file").chmod(0o400)
     folder(tree / "deeper", "gone").chmod(0o500)
-    platform.remove_tree(tree)
-    platform.remove_tree(tree)
-    platform.remove_tree(kept / "file" / "below a file")
+    files.remove_tree(tree)
+    files.remove_tree(tree)
+    files.remove_tree(kept / "file" / "below a file")
     (tmp_path / "file").touch()
-    platform.remove_tree(tmp_path / "file")
+    files.remove_tree(tmp_path / "file")
     if sys.platform != "win32":
         (tmp_path / "link").symlink_to(kept)
-        platform.remove_tree(tmp_path / "link")
+        files.remove_tree(tmp_path / "link")
     assert names(tmp_path) == ["kept"]
     assert names(kept) == ["file"]
 
@@ -136,14 +137,14 @@ def test_what_cannot_be_removed_is_logged(
     def refuse(path: Path) -> None:
         raise PermissionError("in use")
 
-    monkeypatch.setattr(platform, "PAUSE", 0.0)
+    monkeypatch.setattr(files, "PAUSE", 0.0)
     monkeypatch.setattr("shutil.rmtree", refuse)
-    platform.remove_tree(folder(tmp_path / "held", "held"))
+    files.remove_tree(folder(tmp_path / "held", "held"))
     assert "could not be removed: in use" in caplog.text
 
 
 def test_parents_that_cannot_be_written(tmp_path: Path) -> None:
-    platform.check_writable_parent(tmp_path / "out")
+    files.check_writable_parent(tmp_path / "out")
     assert not names(tmp_path)
     (tmp_path / "file").touch()
     refused = [(tmp_path / "none/out", "none does not exist"), (tmp_path / "file/out", "a file has that name")]
@@ -152,7 +153,7 @@ def test_parents_that_cannot_be_written(tmp_path: Path) -> None:
         refused.append((Path("/proc/out"), "not writable"))
     for path, message in refused:
         with pytest.raises(RequestError, match=message) as caught:
-            platform.check_writable_parent(path)
+            files.check_writable_parent(path)
         assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["file"]
 
@@ -175,7 +176,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 PEAKS = """
 import sys
 import numpy as np
-from t2v_rt.system.platform import peak_rss_bytes
+from t2v_rt.system.resources import peak_rss_bytes
 print(peak_rss_bytes())
 array = np.ones(int(sys.argv[1]), np.uint8)
 print(peak_rss_bytes())
@@ -194,8 +195,8 @@ def test_the_peak_of_memory_grows_and_stays() -> None:
 
 
 def test_what_is_free(tmp_path: Path) -> None:
-    assert platform.free_disk_bytes(tmp_path / "not/there/yet") > 0
-    assert platform.available_memory_bytes() > 0
+    assert files.free_disk_bytes(tmp_path / "not/there/yet") > 0
+    assert available_memory_bytes() > 0
 
 
 def test_memory_groups(tmp_path: Path) -> None:

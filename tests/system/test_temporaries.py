@@ -12,7 +12,8 @@ import pytest
 
 from t2v_rt.runtime.array_file import save_arrays
 from t2v_rt.runtime.video import open_writer
-from t2v_rt.system import platform, temporaries
+from t2v_rt.system import temporaries
+from t2v_rt.system.files import remove_abandoned
 from t2v_rt.system.temporaries import ASIDE, UNFINISHED, is_running, temporary_sibling
 
 LONG = "n" * 60
@@ -78,7 +79,7 @@ def test_whose_process_has_ended_goes(tmp_path: Path, monkeypatch: pytest.Monkey
         earlier = made_by(os.getpid(), target, monkeypatch)  # the same number again, as in a container it always is
         own = temporary_sibling(target)
         own.touch()
-        platform.remove_abandoned(target)
+        remove_abandoned(target)
         assert names(tmp_path) == sorted((alive.name, own.name))
         assert not dead.exists()
         assert not earlier.exists()
@@ -94,7 +95,7 @@ def test_what_is_from_elsewhere_goes_only_after_a_long_time(tmp_path: Path, monk
     aside = made_by(ELSEWHERE, target, monkeypatch, ASIDE, here="another container")
     for path in (old, aside):
         os.utime(path, (1, 1))
-    platform.remove_abandoned(target)
+    remove_abandoned(target)
     assert names(tmp_path) == sorted((new.name, aside.name))
 
 
@@ -104,7 +105,7 @@ def test_only_what_belongs_to_the_target_goes(tmp_path: Path, monkeypatch: pytes
         kept.append(tmp_path / name)
         kept[-1].touch()
     for target in ("a.npz", LONG, "x" * 50):
-        platform.remove_abandoned(tmp_path / target)
+        remove_abandoned(tmp_path / target)
     assert names(tmp_path) == sorted(path.name for path in kept)
 
 
@@ -113,12 +114,12 @@ def test_what_was_put_aside_comes_back_where_nothing_took_its_place(
 ) -> None:
     target = tmp_path / "frames"
     made_by(ELSEWHERE, target, monkeypatch, ASIDE)
-    platform.remove_abandoned(target)
+    remove_abandoned(target)
     assert names(tmp_path) == ["frames"]
     assert target.read_text() == f"of {ELSEWHERE}"
     made_by(ELSEWHERE, target, monkeypatch, ASIDE)
     target.write_text("new")
-    platform.remove_abandoned(target)
+    remove_abandoned(target)
     assert names(tmp_path) == ["frames"]
     assert target.read_text() == "new"
 
@@ -127,7 +128,7 @@ def test_what_was_put_aside_comes_back_where_nothing_took_its_place(
 def test_what_is_another_users_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = made_by(ELSEWHERE, tmp_path / "a", monkeypatch)
     os.chown(theirs, 12345, 12345)
-    platform.remove_abandoned(tmp_path / "a")
+    remove_abandoned(tmp_path / "a")
     assert names(tmp_path) == [theirs.name]
 
 
