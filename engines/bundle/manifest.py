@@ -13,7 +13,7 @@ from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.bundle.profiles import PlanSpec, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
-from t2v_rt.system.outputs import MANIFEST_NAME as MANIFEST_NAME
+from t2v_rt.system.outputs import MANIFEST_NAME
 
 SCHEMA_VERSION = 4
 BLOCKS = "blocks_"  # roles of engines that run one after another and of which each can be loaded alone

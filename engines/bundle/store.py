@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from t2v_rt.engines.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
+from t2v_rt.engines.bundle.manifest import FileEntry, Manifest
 from t2v_rt.errors import BundleError
-from t2v_rt.system.outputs import check_place
+from t2v_rt.system.outputs import MANIFEST_NAME, check_place
 from t2v_rt.system.user_cache import UserCache
 
 CHUNK = 1 << 20

@@ -9,8 +9,8 @@ import hashlib
 import logging
 from pathlib import Path
 
-from t2v_rt.engines.bundle.manifest import MANIFEST_NAME
 from t2v_rt.errors import BackendError
+from t2v_rt.system.outputs import MANIFEST_NAME
 from t2v_rt.system.user_cache import UserCache
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,12 @@ from t2v_rt import BundleError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
 from t2v_rt.commands.doctor import examine, find_gpus, read_gpus
 from t2v_rt.commands.verify import verify
-from t2v_rt.engines.bundle.manifest import MANIFEST_NAME, Manifest
+from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.store import open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.onnxruntime.backend import OnnxRuntimeBackend
 from t2v_rt.runtime import self_test
+from t2v_rt.system.outputs import MANIFEST_NAME
 from tests.conftest import Tiny
 
 CARD = "NVIDIA GeForce RTX 3060 Ti, 566.14, 8.6, 8192, 7011\n"

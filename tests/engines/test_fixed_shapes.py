@@ -13,7 +13,6 @@ import pytest
 from t2v_rt import EngineError, RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.commands.verify import verify
 from t2v_rt.engines.backends import get_backend
-from t2v_rt.engines.bundle.manifest import MANIFEST_NAME
 from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, parse_profiles
 from t2v_rt.engines.bundle.store import Bundle, open_bundle, write_manifest
 from t2v_rt.export.checkpoint import open_checkpoint
@@ -22,6 +21,7 @@ from t2v_rt.export.wan.profiles import component_forms, component_ranges, with_g
 from t2v_rt.runtime import self_test
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
 from t2v_rt.runtime.memory.plan import make_plan
+from t2v_rt.system.outputs import MANIFEST_NAME
 from tests.conftest import Tiny
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 5
