@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.demo_bundle import build_demo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THE_PLACE = ROOT / "engines" / "onnx_runtime.py"
 IMPORT = re.compile(r"^\s*(import|from)\s+onnxruntime\b|import\s[^#\n]*\bonnxruntime\b", re.MULTILINE)
 LIBRARY = """
@@ -56,6 +56,6 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
     files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     assert THE_PLACE in files
     importers = {file for file in files if IMPORT.search(file.read_text(encoding="utf-8"))}
-    assert importers <= {THE_PLACE, ROOT / "benchmarks" / "startup.py", Path(__file__)}
+    assert importers <= {THE_PLACE, ROOT / "benchmarks" / "startup.py", Path(__file__).resolve()}
     startup = (ROOT / "benchmarks" / "startup.py").read_text(encoding="utf-8")
     assert startup.index("ORT_DISABLE_TELEMETRY") < startup.index("onnxruntime")
