@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from t2v_rt.engines import forked
 from t2v_rt.errors import BundleError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ def clean_prompt(text: str) -> str:
 
     Source: `prompt_clean` of diffusers' `pipeline_wan.py`.
     """
-    import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
+    with forked.loading:  # a child that is forked during an import waits for its end for ever
+        import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()

@@ -84,7 +84,7 @@ def _correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
         (np.zeros((4, 2, 4, 6), np.float32), "of 5 dimensions"),
         (np.full((1, 4, 2, 4, 6), np.nan, np.float32), "not finite"),
         (np.zeros((1, 4, 0, 4, 6), np.float32), "latents has shape"),
-        (None, "latents is NoneType"),
+        (None, "latents is of type NoneType"),
     ],
 )
 def test_what_is_refused(pipe: TextToVideoPipeline, latents: Any, message: str) -> None:
