@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator as FrameGenerator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,6 +31,7 @@ from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
+FrameIterator = FrameGenerator[NDArray[Any], None, None]
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
@@ -84,6 +86,7 @@ class Run:
         self._cache = StepCache(request.step_cache, len(scheduler.timesteps))
         self.seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.step_calls: list[int] = []
+        self.latents: Array | None = None
 
     @property
     def skipped_calls(self) -> int:
@@ -124,6 +127,26 @@ class Run:
         with self._timed("denoise"):
             latents, generators = make_noise(self.request, self._latent_shape(), generator)
             return self._denoise(latents, Prompts(conditional, unconditional), generators)
+
+    def sampled(self, generator: Generator | Sequence[Generator] | None) -> Array:
+        """Begins the run and samples, if that has not been done; what fails ends it."""
+        if self.latents is None:
+            self.begin()
+            try:
+                self.latents = self.sample(generator)
+            except BaseException:
+                self.end()
+                raise
+        return self.latents
+
+    def frames(self, generator: Generator | None) -> FrameIterator:
+        """The frames of the one video, in the form that was asked for; the run ends with them."""
+        latents = self.sampled(generator)
+        try:
+            for chunk in self.chunks(latents):
+                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+        finally:
+            self.end()
 
     def _latent_shape(self) -> tuple[int, ...]:
         request = self.request
@@ -258,7 +281,6 @@ class FrameStream(Iterator[NDArray[Any]]):
     Attributes:
         request: the validated request.
         settings: everything that determines the result, as plain JSON values.
-        latents: float32 (1, C, F, H, W) once sampling is done.
     """
 
     def __init__(self, run: Run, generator: Generator | None = None) -> None:
@@ -266,9 +288,8 @@ class FrameStream(Iterator[NDArray[Any]]):
         self._generator = generator
         self.request = run.request
         self.settings = run.request.settings(run.scheduler_settings)
-        self.latents: Array | None = None
-        self._frames = self._make()
-        weakref.finalize(self, run.end)  # of a stream that nobody holds any more
+        self._frames = run.frames(generator)
+        self._end = weakref.finalize(self, _finish, self._frames, run)  # also where nobody holds the stream any more
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
@@ -288,37 +309,31 @@ class FrameStream(Iterator[NDArray[Any]]):
     def __next__(self) -> NDArray[Any]:
         return next(self._frames)
 
+    @property
+    def latents(self) -> Array | None:
+        """float32 (1, C, F, H, W) once sampling is done."""
+        return self._run.latents
+
     def sample(self) -> Array:
         """Encodes and denoises, if that has not been done, and returns the latents."""
-        if self.latents is None:
-            self._run.begin()
-            try:
-                self.latents = self._run.sample(self._generator)
-            except BaseException:
-                self._run.end()
-                raise
-        return self.latents
-
-    def _make(self) -> Iterator[NDArray[Any]]:
-        latents = self.sample()
-        try:
-            for chunk in self._run.chunks(latents):
-                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
-        finally:
-            self._run.end()
+        return self._run.sampled(self._generator)
 
     def close(self) -> None:
         """Ends the video early and releases its state."""
-        self._frames.close()  # type: ignore[attr-defined]
-        self._run.end()  # where no frame was asked for yet
+        self._end()
+
+
+def _finish(frames: FrameIterator, run: Run) -> None:
+    """Ends a video where it stands, also one of which no frame was asked for."""
+    frames.close()
+    run.end()
 
 
 def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> TextToVideoOutput:
     """Carries a run out, and gathers what a call gives back."""
     request, kind = run.request, run.request.output_type
-    run.begin()
     try:
-        latents = run.sample(generator)
+        latents = run.sampled(generator)
         frames: Any = latents if kind == "latent" else collect(run, latents, kind)
     finally:
         run.end()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.marks import Absent, needs_reference
+from tests.support.marks import Absent, needs_reference
 
 TESTS = Path(__file__).resolve().parent
 
@@ -18,7 +18,7 @@ TESTS = Path(__file__).resolve().parent
         ("import numpy, transformers.models", True),
         ("from diffusers.utils import logging", True),
         ("from tests import differential", True),  # which imports diffusers
-        ("from tests.differential import run", True),
+        ("from tests.support.differential import run", True),
         ("from train import load_state", True),  # of the demo
         ("def later():\n    import torch", False),
         ("if TYPE_CHECKING:\n    import torch", False),
