@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
 	$(if $(SEED),-p randomly --randomly-seed=$(SEED)) $(ARGS)
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast check docs format clean
 
 $(VENV)/runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ $(VENV)/dev: $(VENV)/fast
 	-$(INSTALL) --editable ".[tensorrt-rtx]"  # where there is none, its tests skip
 	touch $@
 
+$(VENV)/docs: $(VENV)/runtime
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
 demo: $(VENV)/runtime
 	mkdir -p build
 	$(BIN)/t2v-rt build-engines demo/bouncing-shapes --output build/demo
@@ -38,10 +42,15 @@ test: $(VENV)/dev
 test-fast: $(VENV)/fast
 	$(PYTEST) -m "not reference and not slow and not gpu"
 
-check: $(VENV)/dev
+check: $(VENV)/dev $(VENV)/docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples docs
+	$(BIN)/typos
+
+docs: $(VENV)/docs  # the API reference from docstrings, build/docs/index.html
+	$(BIN)/python -W error docs/api.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

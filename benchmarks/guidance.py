@@ -20,7 +20,7 @@ import numpy as np
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.noise import Generator
 
 PROMPT, NEGATIVE = "a red ball bouncing on a blue background", "blurred"
@@ -52,9 +52,9 @@ def compare(pipe: TextToVideoPipeline, videos: int, latent: Sequence[int], round
     """Medians of both ways for one size, and how far their results are apart."""
     model = pipe.manifest.model
     prompts = Prompts(pipe.encode_prompt([PROMPT] * videos), pipe.encode_prompt([NEGATIVE] * videos))
-    component = pipe.stages.component("transformer")
-    sample = Generator(0).randn((videos, model.latent_channels, *latent))
-    calls, batch = (Denoiser(component, prompts, together) for together in (False, True))
+    component = pipe.stages.components.get("transformer")
+    sample = Generator(0).randn((videos, model.latents.channels, *latent))
+    calls, batch = (Denoiser(component, pipe.stages.text, prompts, together) for together in (False, True))
     results = [way.predict(sample, TIMESTEP, 2) for way in (calls, batch)]  # warms up, too
     pairs = [[seconds(partial(way.predict, sample, TIMESTEP, 2)) for way in (calls, batch)] for _ in range(rounds)]
     two, one = (statistics.median(times) for times in zip(*pairs, strict=True))

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.wan_tensors import Config, Tensor, text_encoder_tensors, transformer_tensors, vae_tensors
 from t2v_rt.errors import RequestError
-from t2v_rt.export import wan_published
-from t2v_rt.runtime.memory_plan import parse_bytes
+from t2v_rt.export.wan import published as wan_published
+from t2v_rt.runtime.memory.plan import parse_bytes
 
 PIECE = 8 << 20  # values generated at once
 SHARD_VALUES = 1_250_000_000  # of the published checkpoint, whose files are 5 GB of float32 at most

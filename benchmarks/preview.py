@@ -39,7 +39,7 @@ ROUNDS = 7
 def decoded(pipe: TextToVideoPipeline, latents: Array) -> Array:
     """The colours (F, h, w, 3) that latents (1, C, F, h, w) stand for."""
     chunks = [chunk.mean(0).transpose(2, 0, 1) for chunk in pipe.decode(latents)]
-    return shrunk(np.stack(chunks), pipe.manifest.model.spatial_factor).transpose(0, 2, 3, 1)
+    return shrunk(np.stack(chunks), pipe.manifest.model.latents.spatial_factor).transpose(0, 2, 3, 1)
 
 
 def columns(latents: Array) -> Array:

@@ -21,7 +21,7 @@ from t2v_rt.benchmarks.machine import describe_machine
 
 PROMPT = "a red ball bouncing on a blue background"
 OURS = "from t2v_rt import TextToVideoPipeline"
-LIBRARIES = "import numpy, onnxruntime, tokenizers"
+LIBRARIES = "import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'; import numpy, onnxruntime, tokenizers"
 DIFFUSERS = """
 import sys
 import torch

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.engines import platform
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.video_images import contact_sheet, write_png
+from t2v_rt.runtime.video.images import contact_sheet, write_png
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,10 +64,10 @@ def blended(checkpoint: Path, latents: Array) -> tuple[Array, Array]:
 def decode_noise(bundle: str, num_frames: str, grid: str) -> None:
     """Decodes random latents, chunk by chunk, and prints the peak bytes of this process."""
     pipe = TextToVideoPipeline.from_pretrained(bundle, vae_tiles=grid)
-    latents = Generator(0).randn(wan.latent_shape(pipe.manifest.model, 1, SIDE, SIDE, int(num_frames)))
+    latents = Generator(0).randn(pipe.manifest.model.latent_shape(1, SIDE, SIDE, int(num_frames)))
     for _ in pipe.decode(latents):
         pass
-    print(platform.peak_rss_bytes())
+    print(peak_rss_bytes())
 
 
 def memory(bundle: Path, num_frames: int, grid: str) -> int:
@@ -91,7 +91,7 @@ def main() -> None:
         pipe = TextToVideoPipeline.from_pretrained(options.bundle, vae_tiles=grid)
         frames[grid] = np.concatenate(list(pipe.decode(latents)))
     whole = frames["1x1"]
-    theirs, tiled = blended(options.checkpoint, wan.denormalize(pipe.manifest.model, latents))
+    theirs, tiled = blended(options.checkpoint, denormalize(pipe.manifest.model.latents, latents))
     report = {
         "machine": describe_machine(),
         "frames": list(whole.shape),

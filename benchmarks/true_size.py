@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.process_tree import measure
+from t2v_rt.commands.plan import plan
 from t2v_rt.engines.backends import get_backend
-from t2v_rt.engines.bundle import open_bundle
+from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.contract import Feeds
-from t2v_rt.plan import plan
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.families import wan
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
 Array = NDArray[np.float32]
@@ -77,8 +77,8 @@ def parity(checkpoint: Path, bundle: Path) -> dict[str, Any]:
         bundle: of it, of ONNX Runtime at fp32.
     """
     from t2v_rt.benchmarks.reference_encoder import ReferenceEncoder
-    from t2v_rt.export import wan as family
     from t2v_rt.export.checkpoint import open_checkpoint
+    from t2v_rt.export.wan import family
 
     reference = ReferenceEncoder(checkpoint / "text_encoder")
     pipe = TextToVideoPipeline.from_pretrained(bundle)
@@ -118,12 +118,12 @@ def lengths(bundle: Path) -> dict[str, Any]:
     manifest = pipe.manifest
     part = manifest.components["text_encoder"].parts[0]
     (role,) = part.graphs
-    padded = manifest.model.text_length
+    padded = manifest.model.text.length
     rng = np.random.default_rng(0)
     with get_backend(manifest.backend).load(bundle, "text_encoder", part) as component:
 
         def run(length: int) -> float:
-            states = rng.standard_normal((1, length, manifest.model.text_dim), np.float32)
+            states = rng.standard_normal((1, length, manifest.model.text.dim), np.float32)
             feeds: Feeds = {"hidden_states": states, "relative_buckets": _buckets(pipe, length)}
             start = time.perf_counter()
             component[role].infer(feeds)
@@ -145,7 +145,7 @@ def _in_turn(run: Callable[[int], float], length: int, padded: int) -> dict[str,
 
 def _buckets(pipe: TextToVideoPipeline, length: int) -> NDArray[np.int64]:
     model = pipe.manifest.model
-    return wan.relative_buckets(length, model.relative_buckets, model.relative_max_distance)
+    return wan.relative_buckets(length, model.text.relative_buckets, model.text.relative_max_distance)
 
 
 def relative(found: Array, expected: Array) -> float:

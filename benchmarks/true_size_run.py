@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.process_tree import measure
 from t2v_rt.benchmarks.true_size import relative, store
-from t2v_rt.engines import platform
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 SIDE, FRAMES, STEPS = 256, 9, 2
@@ -49,15 +49,16 @@ def networks(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     pipe = TextToVideoPipeline.from_pretrained(bundle)
     model = pipe.manifest.model
     noise = Generator(0)
-    latents = noise.randn(wan.latent_shape(model, 1, SIDE, SIDE, FRAMES))
-    embeds = np.zeros((1, model.text_length, model.text_dim), np.float32)
-    embeds[:, :TOKENS] = noise.randn((1, TOKENS, model.text_dim))
+    latents = noise.randn(model.latent_shape(1, SIDE, SIDE, FRAMES))
+    embeds = np.zeros((1, model.text.length, model.text.dim), np.float32)
+    embeds[:, :TOKENS] = noise.randn((1, TOKENS, model.text.dim))
     expected = _reference_prediction(checkpoint, latents, embeds)
     gc.collect()
-    with pipe.stages.stage("transformer") as component:
-        (found,) = Denoiser(component, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
-    pipe.stages.release("transformer")
-    denormalized = wan.denormalize(model, latents[:, :, :2])
+    component = pipe.stages.components.get("transformer")
+    (found,) = Denoiser(component, pipe.stages.text, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+    del component
+    pipe.stages.components.release("transformer")
+    denormalized = denormalize(model.latents, latents[:, :, :2])
     frames = _reference_frames(checkpoint, denormalized)
     chunks = [chunk.transpose(0, 3, 1, 2) * 2 - 1 for chunk in pipe.decode(latents[:, :, :2])]
     return {
@@ -105,15 +106,17 @@ def tell_opening(bundle: str) -> None:
     """What `opening` measures in a process of its own, printed as JSON."""
     start = time.perf_counter()
     pipe = TextToVideoPipeline.from_pretrained(bundle)
-    opened, memory = time.perf_counter() - start, platform.peak_rss_bytes()
+    opened, memory = time.perf_counter() - start, peak_rss_bytes()
     model = pipe.manifest.model
-    latents = Generator(0).randn(wan.latent_shape(model, 1, SIDE, SIDE, FRAMES))
-    embeds = np.zeros((1, model.text_length, model.text_dim), np.float32)
+    latents = Generator(0).randn(model.latent_shape(1, SIDE, SIDE, FRAMES))
+    embeds = np.zeros((1, model.text.length, model.text.dim), np.float32)
     embeds[:, :TOKENS] = 1.0
     seconds = []
     for _ in range(1 + CALLS):
         start = time.perf_counter()
-        Denoiser(pipe.stages.component("transformer"), Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+        Denoiser(pipe.stages.components.get("transformer"), pipe.stages.text, Prompts(embeds, None), False).predict(
+            latents, TIMESTEP, 1
+        )
         seconds.append(time.perf_counter() - start)
     steady = statistics.median(seconds[1:])
     report = {
@@ -122,7 +125,7 @@ def tell_opening(bundle: str) -> None:
         "first_denoiser_call_seconds": seconds[0],
         "steady_denoiser_call_seconds": steady,
         "first_minus_steady_seconds": seconds[0] - steady,
-        "peak_rss_bytes": platform.peak_rss_bytes(),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
     print(json.dumps(report))
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.bundle.manifest import ComponentSpec
+from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
-from t2v_rt.engines.manifest import ComponentSpec
 from t2v_rt.errors import BackendError
 
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
@@ -64,7 +64,7 @@ def get_backend(name: str, *, provider: str = "cpu", threads: int | None = None)
     """
     if check_backend(name) != "onnxruntime":
         raise BackendError(f"{name} runs the plans of a bundle; open one that was built for it")
-    from t2v_rt.engines.backend_onnxruntime import OnnxRuntimeBackend
+    from t2v_rt.engines.onnxruntime.backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(provider, threads)
 
@@ -94,6 +94,6 @@ def backend_of(
         raise BackendError(f"{bundle.folder} was built for {built_for}, not {name}; build it for {name}")
     if built_for == "onnxruntime":
         return get_backend(built_for, provider=provider, threads=threads)
-    from t2v_rt.engines.backend_tensorrt import TensorRTBackend
+    from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 
     return TensorRTBackend(bundle, trust)

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import ComponentSpec, GraphSpec
+from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import EngineError
 

@@ -87,13 +87,6 @@ class TensorSpec:
                 f"[{', '.join(map(str, self.shape))}]" + (f" with {known}" if known else "")
             )
 
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> TensorSpec:
-        return cls(str(fields["name"]), str(fields["dtype"]), tuple(fields["shape"]))
-
 
 @dataclass(frozen=True)
 class StateSpec:
@@ -112,13 +105,6 @@ class StateSpec:
     output: str | None
     tensor: TensorSpec
     follows: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"input": self.input, "output": self.output, "follows": self.follows, **self.tensor.to_json()}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> StateSpec:
-        return cls(fields["input"], fields["output"], TensorSpec.from_json(fields), fields["follows"])
 
 
 def _factor(dim: str) -> tuple[int, str]:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.bundle import Stamps
+from t2v_rt.engines.bundle.store import Stamps
 from t2v_rt.errors import CheckpointError
-from t2v_rt.export import wan_published
+from t2v_rt.export.altering import refuse_quantized
 from t2v_rt.export.config import read_json
-from t2v_rt.export.single_file import find_single_files, open_single_file
-from t2v_rt.export.weights import CheckpointWeights
+from t2v_rt.export.found_instead import absent
+from t2v_rt.export.tensors import CheckpointWeights
+from t2v_rt.export.wan import published as wan_published
+from t2v_rt.export.wan.names import files_below, find_single_files, open_single_file
 
 NETWORKS = ("text_encoder", "transformer", "vae")
 FOLDERS = (*NETWORKS, "tokenizer", "scheduler")
@@ -95,11 +97,14 @@ def read_configs(folder: Path) -> CheckpointConfigs:
     for name in FOLDERS:
         if not (folder / name).is_dir():
             raise CheckpointError(f"{folder}: the folder {name}/ is missing; expected {', '.join(FOLDERS)}")
+    networks = {name: read_json(folder / name / "config.json") for name in NETWORKS}
+    for name, config in networks.items():
+        refuse_quantized(config, f"{folder / name / 'config.json'}")
     generation = folder / "generation_config.json"
     return CheckpointConfigs(
         str(folder),
         index,
-        {name: read_json(folder / name / "config.json") for name in NETWORKS},
+        networks,
         read_json(folder / "scheduler" / "scheduler_config.json"),
         read_json(generation) if generation.is_file() else {},
     )
@@ -141,7 +146,7 @@ def open_checkpoint(folder: str | Path | None, files: Files | None = None) -> Ch
 
 def _find_files(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
     found = find_single_files(folder, [name for name in NETWORKS if name not in given])
-    tokenizers = sorted(folder.rglob(TOKENIZER))
+    tokenizers = [file for file in files_below(folder) if file.name == TOKENIZER]
     if "tokenizer" not in given and len(tokenizers) != 1:
         raise CheckpointError(
             f"{folder}: {len(tokenizers)} files {TOKENIZER}; expected that of the checkpoint "
@@ -163,6 +168,7 @@ def _from_files(configs: CheckpointConfigs, files: Mapping[str, Path], folder: P
     tokenizer = tokenizer / TOKENIZER if tokenizer.is_dir() or tokenizer.name != TOKENIZER else tokenizer
     if not tokenizer.is_file():
         raise CheckpointError(
-            f"{tokenizer} is missing; expected a fast tokenizer: load the tokenizer with transformers and save it again"
+            f"{tokenizer} {absent(tokenizer)}; expected a fast tokenizer: load the tokenizer with transformers and "
+            "save it again"
         )
     return Checkpoint(configs, weights, tokenizer)

@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export.found_instead import absent, found_instead
+from t2v_rt.numbers import as_integer
 
 T = TypeVar("T", int, float, bool, str, list[Any])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises CheckpointError where the file is missing or not one."""
+    """Reads a JSON object, with a byte order mark or without; raises CheckpointError where it is missing or not one."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} {absent(path)}; expected a checkpoint in diffusers layout")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; expected a checkpoint in diffusers layout") from None
-    except (OSError, ValueError) as exc:
+        content = json.loads(path.read_bytes())  # which tells UTF-8, 16 and 32 by their first bytes
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be read ({exc.strerror}); check its rights and its disk") from exc
+    except (ValueError, RecursionError) as exc:
+        if (instead := found_instead(path)) is not None:
+            raise CheckpointError(f"{path} {instead}") from exc
         raise CheckpointError(f"{path} cannot be read as JSON ({exc}); download it again") from exc
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
@@ -47,7 +53,8 @@ def option(
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    size = as_integer(value)
+    return size is not None and size >= 1
 
 
 def require(config: Mapping[str, Any], component: str, key: str, expected: object, default: object = "nothing") -> None:

@@ -16,7 +16,8 @@ from t2v_rt.engines.specs import DTYPES as BOUNDARY_DTYPES
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import RequestError
 from t2v_rt.export.quantize import BLOCK, Quantization
-from t2v_rt.export.weights import CheckpointWeights, Transform, WeightFile, WeightPlace
+from t2v_rt.export.tensors import CheckpointWeights, Transform
+from t2v_rt.export.weight_file import WeightFile, WeightPlace
 
 OPSET = 23  # the first with Attention
 IR_VERSION = 11  # the one that goes with opset 23

@@ -9,17 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines import platform
 from t2v_rt.errors import CheckpointError, InputError, RequestError
-from t2v_rt.export import wan
 from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
+from t2v_rt.export.wan import family as wan
+from t2v_rt.export.weight_names import PICKLED, choose_weights
+from t2v_rt.system.files import free_disk_bytes, is_terminal
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS = (INDEX, "generation_config.json", "scheduler/scheduler_config.json")
 TOKENIZER_FILE = f"tokenizer/{TOKENIZER}"
-WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-PICKLED = re.compile(r"(pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin")
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -54,7 +53,7 @@ def fetch(repository: str, revision: str | None = None, *, download: bool = True
         raise InputError(
             f"{repository} is not a folder here; to take it from the Hugging Face hub, install t2v-rt[hub]"
         ) from exc
-    if not sys.stderr.isatty():  # its bars are for a person, as ours are
+    if not is_terminal(sys.stderr):  # its bars are for a person, as ours are
         huggingface_hub.utils.disable_progress_bars()
     if not download:
         return _from_cache(huggingface_hub, repository, revision, "nothing is downloaded for an estimate")
@@ -84,14 +83,12 @@ def needed_weights(repository: str, names: Iterable[str]) -> list[str]:
     needed = []
     for network in NETWORKS:
         files = [name.partition("/")[2] for name in have if name.startswith(f"{network}/")]
-        weights = sorted(name for name in files if WEIGHTS.fullmatch(name))
-        if any(name.endswith(".index.json") for name in weights):  # of a whole file beside shards there is no need
-            weights = [name for name in weights if name.endswith(".json") or "-of-" in name]
-        if not weights:
+        chosen = choose_weights(files, f"{repository}/{network}")
+        if chosen is None:
             pickles = any(PICKLED.fullmatch(name) for name in files)
             found = "only pickled weights, which can run code when loaded" if pickles else "no weights"
             raise CheckpointError(f"{repository}: {network}/ has {found}; expected .safetensors: choose another")
-        needed += [f"{network}/{name}" for name in weights]
+        needed += [f"{network}/{name}" for name in (*chosen.files, chosen.index) if name]
     return needed
 
 
@@ -139,7 +136,7 @@ def _check_disk(repository: str, sizes: Mapping[str, int]) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    needed, free = sum(sizes.values()), platform.free_disk_bytes(cache)
+    needed, free = sum(sizes.values()), free_disk_bytes(cache)
     if needed > free:
         raise RequestError(
             f"{repository}: {needed / 1e9:.3g} GB are to be downloaded, {free / 1e9:.3g} GB are free at {cache}; make "

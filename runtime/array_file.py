@@ -11,8 +11,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import RequestError, T2VError
+from t2v_rt.system.files import replacing
+from t2v_rt.system.outputs import check_file
 
 SUFFIX, SETTINGS = ".npz", "settings"
 
@@ -24,14 +25,13 @@ def check_array_path(path: str | Path, what: str) -> Path:
         path: of the file.
         what: it keeps, named in errors.
 
+    Returns:
+        The path that is to be written, see `check_file`.
+
     Raises:
         RequestError: it cannot.
     """
-    target = Path(path)
-    if target.suffix.lower() != SUFFIX or target.is_dir():
-        raise RequestError(f"{target}: {what} are kept in a {SUFFIX} file; give a name that ends so")
-    platform.check_writable_parent(target)
-    return target
+    return check_file(path, SUFFIX, f"a file of {what}")
 
 
 def save_arrays(path: str | Path, what: str, arrays: Mapping[str, NDArray[Any]], settings: Mapping[str, Any]) -> None:
@@ -45,16 +45,15 @@ def save_arrays(path: str | Path, what: str, arrays: Mapping[str, NDArray[Any]],
 
     Raises:
         RequestError: the path cannot be written to.
+        T2VError: the disk failed.
     """
     target = check_array_path(path, what)
     named: dict[str, NDArray[Any]] = {**arrays, SETTINGS: np.array(json.dumps(settings, ensure_ascii=False))}
-    temporary = platform.temporary_sibling(target)
     try:
-        with temporary.open("wb") as stream:
+        with replacing(target) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **named)  # type: ignore[arg-type]
-        platform.replace_file(temporary, target)
-    finally:
-        platform.remove_tree(temporary)
+    except OSError as exc:
+        raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc
 
 
 def load_arrays(

@@ -9,13 +9,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from t2v_rt.engines import platform
-from t2v_rt.engines.bundle import Bundle
+from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.errors import EngineError
 from t2v_rt.runtime import self_test
+from t2v_rt.system.user_cache import UserCache
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +33,8 @@ def prove(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], d
     """
     if not device:
         return
-    verdict = _place(bundle, name, device)
-    if verdict.is_file():
+    verdicts, verdict = UserCache("verdicts"), _name(bundle, name, device)
+    if verdicts.has(verdict):
         return
     if not self_test.has_answers(name, bundle.folder):
         logger.warning("%s was not tested on %s: the bundle carries no self-test of it", name, device)
@@ -46,19 +45,10 @@ def prove(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], d
             f"{name} computes something else on {device} than its float32 reference: relative error "
             f"{result.error:.2g}, expected at most {result.tolerance:.2g}; update the driver or build the bundle again"
         )
-    _keep(verdict, {"component": name, "device": device, "error": result.error})
+    content = {"component": name, "device": device, "error": result.error}
+    verdicts.put(verdict, json.dumps(content).encode())
 
 
-def _place(bundle: Bundle, name: str, device: str) -> Path:
+def _name(bundle: Bundle, name: str, device: str) -> str:
     key = hashlib.sha256("\n".join((bundle.manifest.bundle_id, name, device)).encode()).hexdigest()[:32]
-    return platform.cache_dir() / "verdicts" / f"{key}.json"
-
-
-def _keep(place: Path, content: dict[str, object]) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = platform.temporary_sibling(place)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        platform.replace_file(temporary, place)
-    except OSError as exc:
-        logger.info("the verdict is not kept, the next use tests again: %s", exc)
+    return f"{key}.json"

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import RequestError, type_of
+from t2v_rt.numbers import as_integer
 
+__all__ = ["Generator", "check_seed", "randn_for"]
 BLOCK = 16  # torch transforms uniforms in blocks of 16: eight radii, then eight angles
 CHUNK = 1 << 14  # values per pass, small enough for the cache
 MAX_VALUES = 1 << 40  # of one draw; 4 TiB of float32, so a larger one is a mistake
@@ -148,31 +150,42 @@ def randn_for(shape: Sequence[int], generators: Generator | Sequence[Generator] 
     sizes = _sizes(shape)
     if generators is None:
         raise RequestError("this sampler draws noise and has no generator; give a seed or a generator")
+    items = check_generators(generators, sizes[0] if sizes else 1)
+    if len(items) == 1:
+        return items[0].randn(sizes)
+    return np.concatenate([item.randn((1, *sizes[1:])) for item in items])
+
+
+def check_generators(generators: Generator | Sequence[Generator], videos: int) -> list[Generator]:
+    """The generators of a batch of videos.
+
+    Args:
+        generators: one for all videos, or a sequence with one for each.
+        videos: of the batch.
+
+    Raises:
+        RequestError: the number of generators is neither one nor that of the videos, or they are of another kind.
+    """
     items = list(generators) if isinstance(generators, Sequence) else [generators]
     for item in items:
         if not isinstance(item, Generator):
-            found = f"{type(item).__module__}.{type(item).__qualname__}"
-            raise RequestError(f"a generator is of type {found}; expected {__name__}.Generator, made from a seed")
-    if len(items) == 1:
-        return items[0].randn(sizes)
-    if not items or not sizes or len(items) != sizes[0]:
-        videos = sizes[0] if sizes else 1
+            raise RequestError(
+                f"generator is of type {type_of(item)}; expected {__name__}.Generator: Generator(seed) draws the "
+                "numbers of torch.Generator().manual_seed(seed); or give seed"
+            )
+    if len(items) not in (1, videos):
         raise RequestError(f"{len(items)} generators were given for {videos} videos; give one, or one for each")
-    return np.concatenate([item.randn((1, *sizes[1:])) for item in items])
+    return items
 
 
 def check_seed(seed: int) -> int:
     """Returns the seed as an int; raises RequestError where it is none or does not fit 64 bits."""
-    if not _is_integer(seed):
+    number = as_integer(seed)
+    if number is None:
         raise RequestError(f"seed is {seed!r}; expected an integer")
-    if not SEED_RANGE[0] <= seed <= SEED_RANGE[1]:
+    if not SEED_RANGE[0] <= number <= SEED_RANGE[1]:
         raise RequestError(f"seed is {seed}; expected an integer of at most 64 bits")
-    return int(seed)
-
-
-def _is_integer(value: object) -> bool:
-    """Whether it is Python's or NumPy's integer; True and False are none."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return number
 
 
 def _sizes(shape: object) -> tuple[int, ...]:
@@ -180,9 +193,9 @@ def _sizes(shape: object) -> tuple[int, ...]:
     given = shape.tolist() if isinstance(shape, np.ndarray) else shape
     items: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
     asked = f"noise of shape {reprlib.repr(shape)} was asked for"
-    if not all(_is_integer(item) for item in items):
+    sizes = tuple(size for item in items if (size := as_integer(item)) is not None)
+    if len(sizes) != len(items):
         raise RequestError(f"{asked}; expected an integer or a sequence of integers")
-    sizes = tuple(int(item) for item in items)
     if any(size < 0 for size in sizes):
         raise RequestError(f"{asked}; sizes must not be negative")
     if len(sizes) > MAX_DIMENSIONS:

@@ -12,34 +12,40 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
 from t2v_rt.engines.backends import Backend, backend_of, check_backend
-from t2v_rt.engines.bundle import Bundle, open_bundle
-from t2v_rt.engines.manifest import Manifest
-from t2v_rt.engines.plans import check_profiles
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.profiles import check_profiles
+from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.denoiser import one_batch_is_faster
-from t2v_rt.runtime.memory_plan import MemoryPlan, advise, largest_fitting, on_card, parse_bytes
+from t2v_rt.runtime.decode.tiles import Grid, parse_grid
+from t2v_rt.runtime.denoise.denoiser import one_batch_is_faster
+from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
+from t2v_rt.runtime.memory.admission import Admission
+from t2v_rt.runtime.memory.advice import advise, largest_fitting
+from t2v_rt.runtime.memory.estimates import on_card
+from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
 from t2v_rt.runtime.request import Prompt, Request, check_latents, make_request
 from t2v_rt.runtime.run import FrameStream, Run, make_output
-from t2v_rt.runtime.scheduler_base import Scheduler
 from t2v_rt.runtime.schedulers import get_scheduler
+from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.runtime.tiles import Grid, parse_grid
+from t2v_rt.system.resources import available_memory_bytes
 
 Array = NDArray[np.float32]
 StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
-class TextToVideoPipeline:
+class TextToVideoPipeline(DiffusersHabits):
     """Prompt in, frames out; made by `from_pretrained`.
 
     Engines are loaded at their first use and kept, unless `vram_budget` is too small for all at once. Calls from
     several threads do not mix: a call works on its own copy of `scheduler` and its own engine state.
+
+    A pickled or deeply copied pipeline opens its bundle again and loads engines of its own; `copy.copy` gives one that
+    shares the engines and has a scheduler of its own. A forked process loads its own engines at its first call.
 
     Args:
         bundle: the opened bundle.
@@ -49,6 +55,7 @@ class TextToVideoPipeline:
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
+        waits: whether a call that does not fit the budget beside those on their way waits for them to end.
     """
 
     def __init__(
@@ -59,13 +66,17 @@ class TextToVideoPipeline:
         provider: str = "cpu",
         vae_tiles: Grid | None = None,
         prompt_cache: bool = False,
+        waits: bool = True,
     ) -> None:
         self.bundle = bundle
         self.provider = provider
         manifest = bundle.manifest
-        self.scheduler: Scheduler[Any] = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
-        self.vram_budget = backend.memory_bytes if vram_budget is None else vram_budget
-        self.stages = Stages(bundle, backend, self.vram_budget, vae_tiles, prompt_cache)
+        self._scheduler = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
+        self._options = (backend, vram_budget, provider, vae_tiles, prompt_cache, waits)
+        self._vae_tiles = vae_tiles
+        self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
+        self.admission = Admission(backend.memory_bytes if vram_budget is None else vram_budget, waits=waits)
+        self.stages = Stages(bundle, backend, prompt_cache)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +90,7 @@ class TextToVideoPipeline:
         vae_tiles: str | Sequence[int] | None = None,
         trust: bool = False,
         prompt_cache: bool = True,
+        waits: bool = True,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
@@ -93,6 +105,8 @@ class TextToVideoPipeline:
             trust: whether plans may be run that were not built on this machine by this user; they are native code.
             prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is
                 encoded once on a machine.
+            waits: whether a call that does not fit the budget beside those on their way (of other threads, or streams
+                that are not at their end) waits for them to end; False refuses it at once.
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
@@ -105,12 +119,39 @@ class TextToVideoPipeline:
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
         engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
-        return cls(bundle, engines, budget, provider, grid, prompt_cache)
+        return cls(bundle, engines, budget, provider, grid, prompt_cache, waits)
 
     @property
     def manifest(self) -> Manifest:
         """What the bundle declares."""
         return self.bundle.manifest
+
+    @property
+    def scheduler(self) -> Scheduler[Any]:
+        """The sampler; a call works on a copy of it. Setting one that is not of t2v-rt raises RequestError."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler[Any]) -> None:
+        if not isinstance(scheduler, Scheduler):
+            raise scheduler_refusal(scheduler)
+        self._scheduler = scheduler
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.bundle, *self._options), {"scheduler": self.scheduler}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.scheduler = state["scheduler"]
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _scheduler=self.scheduler.copy())
+        return twin
+
+    @property
+    def vram_budget(self) -> int | None:
+        """Bytes that the engines of all calls may take together; None for no limit."""
+        return self.admission.budget
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -155,7 +196,7 @@ class TextToVideoPipeline:
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 turns it off and halves the denoiser calls.
             num_videos_per_prompt: videos of each prompt.
-            seed: one for all videos, or a list with one for each; None draws one (see the result's `seed`).
+            seed: one for all videos, or a list with one for each; None or -1 draws one (see the result's `seed`).
             generator: instead of seed, one or a list.
             latents: float (B, C, F, H, W) to start from instead of noise; they set the video's size.
             prompt_embeds: float (B, L, D) instead of prompt.
@@ -253,84 +294,94 @@ class TextToVideoPipeline:
             raise RequestError(
                 f"stream makes one video of output_type np or uint8; {request.batch} of {output_type!r} were asked for"
             )
-        kept_frames = self.manifest.model.temporal_factor
+        _, kept_frames = self.manifest.model.decode.next
         run = self._run(
             request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
         )
         return FrameStream(run, generator)
 
-    def choose_guidance_batch(self, request: Request, kept_frames: int) -> Request:
-        """Decides where the request does not say whether both predictions of a step are made in one batch.
-
-        Args:
-            request: whose `guidance_batch` may be None.
-            kept_frames: frames that are held at once.
-
-        Returns:
-            The request with `guidance_batch` True or False: one batch where it was asked for, or where it is faster and
-            fits in memory.
-        """
-        together = request.guidance_batch
-        if not request.guidance.needs_negative:
-            together = False
-        if together is None:
-            _, _, frames, rows, columns = self.latent_shape(request)
-            depth, height, width = self.manifest.model.patch
-            tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
-            where = "card" if on_card(self.manifest) else self.provider
-            together = one_batch_is_faster(where, tokens) and self._fits(request, kept_frames)
-        return replace(request, guidance_batch=together)
-
-    def _fits(self, request: Request, kept_frames: int) -> bool:
-        try:
-            self.check_memory(replace(request, guidance_batch=True), kept_frames)
-        except RequestError:
-            return False
-        return True
-
-    def check_memory(self, request: Request, kept_frames: int) -> None:
-        """Refuses a request that cannot fit, before anything is allocated; `kept_frames` are held at once.
-
-        Raises:
-            RequestError: the engines were built for other sizes, or more is needed than there is or the budget allows;
-                names the nearest video that they make, or the largest that fits.
-        """
-        size = request.height, request.width, request.num_frames
-        check_profiles(self.manifest.profiles, *size)
-        plan = self.plan(request)
-        checks = [] if self.vram_budget is None else [(plan, self.vram_budget, "the budget")]
-        if not on_card(self.manifest):
-            available = platform.available_memory_bytes()
-            checks.insert(0, (self.plan(request, kept_frames), available, "the memory available"))
-        for needs, room, what in checks:
-            if needs.least_bytes > room:
-                best = largest_fitting(self.manifest, *size, room)
-                raise RequestError(needs.refusal(room, what, advise(self.manifest, best)))
-        self.stages.follow(plan)
-
     def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
-        """What a request takes in each stage under the budget, and what stays loaded when.
+        """What a request takes in each stage under the budget, what stays loaded when, and how guidance is made.
 
         Args:
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
         """
-        shape = self.latent_shape(request)
-        return self.stages.plan(shape, kept_frames=kept_frames, one_batch=bool(request.guidance_batch))
+        return make_plan(
+            self.manifest,
+            self.latent_shape(request),
+            budget=self.vram_budget,
+            grid=self._vae_tiles,
+            kept_frames=kept_frames,
+            batches=self._guidance_batches(request),
+            room=self._room,
+            available=self._available_bytes(),
+        )
+
+    def _guidance_batches(self, request: Request) -> tuple[bool, ...]:
+        """Whether both predictions of a step may be made in one batch, the better way first."""
+        if not request.guidance.needs_negative:
+            return (False,)
+        if request.guidance_batch is not None:
+            return (request.guidance_batch,)
+        _, _, frames, rows, columns = self.latent_shape(request)
+        depth, height, width = self.manifest.model.patch
+        tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
+        where = "card" if on_card(self.manifest) else self.provider
+        return (True, False) if one_batch_is_faster(where, tokens) else (False,)
+
+    def _available_bytes(self) -> int | None:
+        """Of the machine's memory, where engines work in it."""
+        return None if on_card(self.manifest) else available_memory_bytes()
+
+    def check_memory(self, request: Request, plan: MemoryPlan) -> None:
+        """Refuses a request that cannot fit, before anything is allocated.
+
+        Raises:
+            RequestError: more is needed than there is or the budget allows; names the largest video that fits.
+        """
+        size = request.height, request.width, request.num_frames
+        available = self._available_bytes()
+        checks = [] if available is None else [(plan.host_bytes, available, "the memory available")]
+        checks += [] if self.vram_budget is None else [(plan.least_bytes, self.vram_budget, "the budget")]
+        for needed, room, what in checks:
+            if needed > room:
+                best = largest_fitting(self.manifest, *size, room)
+                raise RequestError(plan.refusal(needed, room, what, advise(self.manifest, best)))
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """(B, C, F, H, W) of a request's latents."""
-        return wan.latent_shape(self.manifest.model, request.batch, request.height, request.width, request.num_frames)
+        return self.manifest.model.latent_shape(request.batch, request.height, request.width, request.num_frames)
 
     # -- stages on their own -----------------------------------------------------------------------------------------
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
-        """Prompt embeddings float32 (B, L, D) of texts, padded with zeros; remembered for later calls."""
-        return self.stages.encode_prompt(texts)
+        """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
+        plan = self.plan(make_request(self.manifest, prompt="", seed=0)).of_stage("encode")
+        with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
+            return self.stages.encode_prompt([texts] if isinstance(texts, str) else texts, plan)
 
     def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
-        """Decodes one video's latents; see `Stages.decode`."""
-        return self.stages.decode(latents, progress)
+        """Decodes one video's latents, chunk by chunk.
+
+        Args:
+            latents: float32 (1, C, F, H, W), as sampled (output_type "latent").
+            progress: called as `f("decode", done, total)`.
+
+        Returns:
+            An iterator over chunks (f, H, W, 3) float32 in [0, 1], as many frames each as the model's schedule says.
+
+        Raises:
+            RequestError: latents of another shape, or more than there is memory for.
+            EngineError: the VAE failed or gave values that are not finite.
+        """
+        return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
+
+    def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
+        whole = make_plan(self.manifest, latents.shape, budget=self.vram_budget, grid=self._vae_tiles, room=self._room)
+        plan = whole.of_stage("decode")
+        with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
+            yield from self.stages.decode(latents, plan, progress)
 
     def preview(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """A quick look at latents, for `callback_on_step_end`; see `t2v_rt.runtime.preview`.
@@ -357,14 +408,24 @@ class TextToVideoPipeline:
         cancel: threading.Event | None,
     ) -> Run:
         """A run of a request that fits, on its own copy of the scheduler."""
-        request = self.choose_guidance_batch(request, kept_frames)
-        self.check_memory(request, kept_frames)
-        bound = None if callback is None else partial(callback, self)
-        return Run(self.stages, self.scheduler.copy(), request, bound, names, progress, cancel)
+        check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
+        plan = self.plan(request, kept_frames)
+        self.check_memory(request, plan)
+        return Run(
+            self.stages,
+            self.admission,
+            self.scheduler.copy(),
+            replace(request, guidance_batch=plan.one_batch),
+            plan,
+            callback=None if callback is None else partial(callback, self),
+            callback_tensors=names,
+            progress=progress,
+            cancel=cancel,
+        )
 
     def close(self) -> None:
         """Releases all engines; a later call loads them again."""
-        self.stages.close()
+        self.stages.components.close()
 
     def __enter__(self) -> Self:
         return self

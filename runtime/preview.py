@@ -8,14 +8,16 @@ is looked at. So the map is fitted by least squares to the thumbnail of the very
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.runtime import wan
+from t2v_rt.runtime.decode.tiles import WHOLE
+from t2v_rt.runtime.frames import to_uint8
+from t2v_rt.runtime.memory.plan import make_plan
 from t2v_rt.runtime.stages import Stages
-from t2v_rt.runtime.tiles import WHOLE
 
 Array = NDArray[np.float32]
 LONGEST_SIDE = 32  # latent rows or columns of a thumbnail, at most: a 16th of the work at 832x480
@@ -36,7 +38,7 @@ def preview(stages: Stages, latents: Array) -> NDArray[np.uint8]:
     Raises:
         EngineError: the VAE failed or gave values that are not finite.
     """
-    return np.stack([wan.to_uint8(_preview_video(stages, video)) for video in latents])
+    return np.stack([to_uint8(_preview_video(stages, video)) for video in latents])
 
 
 def _preview_video(stages: Stages, video: Array) -> Array:
@@ -46,9 +48,16 @@ def _preview_video(stages: Stages, video: Array) -> Array:
     means = shrunk(video, factor)
     # the VAE has never seen latents of the little contrast that averages have
     small = with_contrast_of(video, means)
-    size = stages.manifest.model.spatial_factor
-    chunks = [chunk.mean(0)[None].transpose(3, 0, 1, 2) for chunk in stages.decode(small[None], grid=WHOLE)]
-    colours = shrunk(np.concatenate(chunks, axis=1), size)
+    size = stages.manifest.model.latents.spatial_factor
+    # what keeps components loaded is the plan of the run that is looked at, not this one
+    plan = replace(make_plan(stages.manifest, (1, *small.shape), grid=WHOLE), resident=False)
+    counts = stages.manifest.model.decode.chunks(video.shape[1])
+    images = [
+        frames.mean(0)
+        for chunk, count in zip(stages.decode(small[None], plan), counts, strict=True)
+        for frames in np.array_split(chunk, count)
+    ]
+    colours = shrunk(np.stack(images).transpose(3, 0, 1, 2), size)
     detail = video - enlarged(means, factor, height, width)
     slopes = fitted_slopes(small, colours)
     result: Array = enlarged(colours, factor, height, width) + np.einsum("cr,cfhw->rfhw", slopes, detail)

@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.manifest import Manifest, ModelSpec
-from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.guidance import WHOLE, Guidance, is_number
-from t2v_rt.runtime.noise import Generator, check_seed, randn_for
-from t2v_rt.runtime.scheduler_base import check_steps
-from t2v_rt.runtime.step_cache import check_threshold
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.model import ModelSpec
+from t2v_rt.errors import RequestError, type_of
+from t2v_rt.numbers import as_flag, as_integer, as_number
+from t2v_rt.runtime.denoise.guidance import WHOLE, Guidance
+from t2v_rt.runtime.denoise.step_cache import check_threshold
+from t2v_rt.runtime.diffusers_habits import advice
+from t2v_rt.runtime.noise import Generator, check_generators, check_seed, randn_for
+from t2v_rt.runtime.prompts.tokenizer import check_text
+from t2v_rt.runtime.schedulers.base import check_steps
 
 OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
 ZERO_INIT_STEPS = 1  # of CFG-Zero*; its paper zeroes the first 4 % of the steps, diffusers' guider one
 SEED_BITS = 32  # of a seed that is drawn because none was given
+RANDOM_SEED = -1  # asks for a drawn one, as in every program of this kind; a generator takes it as a seed, as torch's
 Array = NDArray[np.float32]
 Prompt = str | Sequence[str]
 
@@ -145,16 +149,21 @@ def make_request(
     scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     guidance = make_guidance(scale, guidance_rescale, guidance_interval, cfg_zero_star, zero_init_steps)
     count, texts = _texts(manifest, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-    videos = count * _positive("num_videos_per_prompt", num_videos_per_prompt, 1)
+    copies = _positive("num_videos_per_prompt", num_videos_per_prompt, 1)
+    videos = count * copies
     if start is not None and len(start) != videos:
         raise RequestError(f"latents hold {len(start)} videos, the request {videos}; give one for each")
+    if generator is not None:
+        check_generators(generator, videos)
+        if seed is not None:
+            raise RequestError("seed and generator were both given; give one of them")
     return Request(
         height=height,
         width=width,
         num_frames=num_frames,
         num_inference_steps=steps,
         guidance=guidance,
-        num_videos_per_prompt=num_videos_per_prompt,
+        num_videos_per_prompt=copies,
         seeds=_seeds(seed, videos, drawn=generator is not None or start is not None),
         output_type=output_type,
         latents=start,
@@ -174,18 +183,30 @@ def make_guidance(
         RequestError: a value is out of its range.
     """
     if zero_init_steps is None:
-        zero_init_steps = ZERO_INIT_STEPS if cfg_zero_star is True else 0
+        zero_init_steps = ZERO_INIT_STEPS if as_flag(cfg_zero_star) else 0
     whole = WHOLE if interval is None else interval
     return Guidance(scale, rescale, whole, cfg_zero_star, zero_init_steps)  # type: ignore[arg-type]  # checked there
 
 
-def check_latents(model: ModelSpec, latents: NDArray[Any]) -> Array:
-    """Returns latents as float32 (B, C, F, h, w); raises RequestError where they are not the model's."""
+def check_latents(model: ModelSpec, latents: NDArray[Any], videos: int | None = None) -> Array:
+    """Checks latents that are to be looked at or decoded.
+
+    Args:
+        model: whose they should be.
+        latents: float (B, C, F, h, w).
+        videos: B, or None for any number.
+
+    Returns:
+        The same as float32.
+
+    Raises:
+        RequestError: they are not that, or not finite.
+    """
     array = _floats("latents", latents, 5)
-    if array.shape[1] != model.latent_channels or 0 in array.shape:
-        raise RequestError(
-            f"latents has shape {list(array.shape)}; expected (videos, {model.latent_channels}, frames, …)"
-        )
+    if array.shape[1] != model.latents.channels or 0 in array.shape or len(array) != (videos or len(array)):
+        whose = f"{'videos' if videos is None else videos}, {model.latents.channels}, frames, …"
+        of = "" if videos is None else ": those of one video of this model"
+        raise RequestError(f"latents has shape {list(array.shape)}; expected ({whose}){of}")
     return array
 
 
@@ -207,13 +228,7 @@ def make_noise(
     if generator is None:
         generators = [Generator(seed) for seed in request.seeds]
     else:
-        generators = [generator] if isinstance(generator, Generator) else list(generator)
-        if not all(isinstance(item, Generator) for item in generators):
-            raise RequestError(
-                f"generator is a {type(generators[0]).__name__}; expected t2v_rt.runtime.noise.Generator, or give seed"
-            )
-        if len(generators) not in (1, shape[0]) or not generators:
-            raise RequestError(f"{len(generators)} generators were given for {shape[0]} videos; give one, or one each")
+        generators = check_generators(generator, shape[0])
     if request.latents is not None:
         return request.latents.copy(), generators
     return randn_for(shape, generators), generators
@@ -237,32 +252,42 @@ def _levels(name: str, values: Sequence[float] | None) -> tuple[float, ...] | No
     """Custom timesteps or sigmas; that they fall, and suit the scheduler, is for the scheduler to say."""
     if values is None:
         return None
-    items = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
-    if not items or not all(is_number(item) or isinstance(item, np.integer) for item in items):
+    several = isinstance(values, (list, tuple)) or (isinstance(values, np.ndarray) and values.ndim == 1)
+    items = list(values) if several else []
+
+    levels = tuple(level for item in items if (level := as_number(item)) is not None)
+    if not items or len(levels) != len(items):
         raise RequestError(f"{name} is {values!r}; expected a list of numbers, such as [1000, 750, 500, 250]")
-    return tuple(float(item) for item in items)
+    return levels
 
 
 def _switch(name: str, value: bool | None) -> bool | None:
-    if value is not None and not isinstance(value, bool):
+    flag = as_flag(value)
+    if value is not None and flag is None:
         raise RequestError(f"{name} is {value!r}; expected True, False, or None to let it be chosen")
-    return value
+    return flag
 
 
 def _positive(name: str, value: int | None, default: int) -> int:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    number = as_integer(default if value is None else value)
+    if number is None or number < 1:
         raise RequestError(f"{name} is {value!r}; expected an integer of 1 or more")
-    return int(value)
+    return number
 
 
 def _seeds(seed: int | Sequence[int] | None, videos: int, *, drawn: bool) -> tuple[int, ...]:
-    if seed is None:
-        return () if drawn else (secrets.randbits(SEED_BITS),)
-    seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
-    if len(seeds) not in (1, videos):
-        raise RequestError(f"{len(seeds)} seeds were given for {videos} videos; give one, or one for each")
-    return tuple(check_seed(item) for item in seeds)
+    several = isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
+    if seed is None or (not several and check_seed(seed) == RANDOM_SEED):  # type: ignore[arg-type]
+        return () if drawn else (_draw(),)
+    given: tuple[Any, ...] = tuple(seed) if several else (seed,)  # type: ignore[arg-type]
+    if len(given) not in (1, videos):
+        raise RequestError(f"{len(given)} seeds were given for {videos} videos; give one, or one for each")
+    seeds = (check_seed(item) for item in given)
+    return tuple(_draw() if item == RANDOM_SEED else item for item in seeds)
+
+
+def _draw() -> int:
+    return secrets.randbits(SEED_BITS)
 
 
 def _texts(
@@ -273,7 +298,7 @@ def _texts(
     negative_prompt_embeds: NDArray[Any] | None,
 ) -> tuple[int, dict[str, Any]]:
     """The number of prompts, and the request's fields about them: a negative one for each."""
-    dim = manifest.model.text_dim
+    dim = manifest.model.text.dim
     prompts, embeds = _text("prompt", prompt, prompt_embeds, dim)
     if not prompts and embeds is None:
         raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
@@ -308,13 +333,17 @@ def _text(
     items = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (list, tuple)) else ()
     if not items or not all(isinstance(item, str) for item in items):
         raise RequestError(f"{name} is {text!r}; expected text or a list of texts")
+    for item in items:
+        check_text(name, item)
     return items, None
 
 
 def _floats(name: str, array: NDArray[Any], dims: int) -> Array:
     if not isinstance(array, np.ndarray) or array.ndim != dims or array.dtype.kind != "f":
-        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise RequestError(f"{name} is {found}; expected a floating-point NumPy array of {dims} dimensions")
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else f"of type {type_of(array)}"
+        raise RequestError(
+            f"{name} is {found}; expected a floating-point NumPy array of {dims} dimensions{advice(name, array)}"
+        )
     with np.errstate(over="ignore"):  # what overflows is refused here
         floats = np.ascontiguousarray(array, np.float32)
     if not np.all(np.isfinite(floats)):
@@ -331,7 +360,7 @@ def _sizes(
     height = _positive("height", height, manifest.defaults.height)
     width = _positive("width", width, manifest.defaults.width)
     num_frames = _positive("num_frames", num_frames, manifest.defaults.num_frames)
-    wan.check_size(manifest.model, height, width, num_frames)
+    manifest.model.check_size(height, width, num_frames)
     return height, width, num_frames
 
 
@@ -340,11 +369,11 @@ def _sizes_of(
 ) -> tuple[int, int, int]:
     """The video size that latents stand for; sizes given along with them must agree."""
     model = manifest.model
-    channels, sizes = latents.shape[1], wan.video_size(model, latents.shape)
+    channels, sizes, known = latents.shape[1], model.video_size(latents.shape), model.latents.channels
     asked = (height, width, num_frames)
-    if channels != model.latent_channels or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
+    if channels != known or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
         raise RequestError(
             f"latents {list(latents.shape)} are those of a {sizes[1]}x{sizes[0]} video of {sizes[2]} frames with "
-            f"{channels} channels; the request asks for another size, or the model has {model.latent_channels} channels"
+            f"{channels} channels; the request asks for another size, or the model has {known} channels"
         )
     return sizes

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines import platform
-from t2v_rt.errors import RequestError
-from t2v_rt.runtime import wan
+from t2v_rt.errors import RequestError, type_of
 from t2v_rt.runtime.cancel import check_cancelled, check_event
-from t2v_rt.runtime.denoiser import Denoiser, Prompts
-from t2v_rt.runtime.encoder import check_finite
+from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
+from t2v_rt.runtime.denoise.step_cache import StepCache
+from t2v_rt.runtime.diffusers_habits import advice
+from t2v_rt.runtime.frames import to_uint8
+from t2v_rt.runtime.memory.admission import Admission
+from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
+from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
-from t2v_rt.runtime.scheduler_base import Scheduler
+from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
-from t2v_rt.runtime.step_cache import StepCache
+from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -34,8 +38,10 @@ class Run:
 
     Args:
         stages: whose engines are used.
+        admission: lets it begin.
         scheduler: this run's own.
         request: what is asked for.
+        plan: of its memory, which it follows.
         callback: called as `f(step, timestep, tensors)` at each step's end, or None.
         callback_tensors: names of the tensors the callback is given.
         progress: of all stages, or None.
@@ -48,8 +54,11 @@ class Run:
     def __init__(
         self,
         stages: Stages,
+        admission: Admission,
         scheduler: Scheduler[Any],
         request: Request,
+        plan: MemoryPlan,
+        *,
         callback: Callback | None = None,
         callback_tensors: Sequence[str] = (),
         progress: Progress | None = None,
@@ -61,8 +70,11 @@ class Run:
                 f"callback tensors {sorted(unknown)} are unknown; expected {', '.join(CALLBACK_TENSORS)}"
             )
         self._stages = stages
+        self._admission = admission
+        self._held: ExitStack | None = None  # what is given back at the run's end
         self._scheduler = scheduler
         self.request = request
+        self.plan = plan
         self._callback = callback
         self._callback_tensors = tuple(callback_tensors)
         self._progress = progress or (lambda stage, done, total: None)
@@ -77,6 +89,25 @@ class Run:
     def skipped_calls(self) -> int:
         """Denoiser predictions that the step cache has avoided so far."""
         return self._cache.skipped
+
+    def begin(self) -> None:
+        """Waits until the run's memory can be had beside that of others, and keeps it until `end`.
+
+        Raises:
+            RequestError: it cannot.
+            CancelledError: the run was cancelled meanwhile.
+        """
+        if self._held is None:
+            with ExitStack() as stack:
+                self.plan = stack.enter_context(self._admission.admitted(self.plan, self._cancel))
+                stack.enter_context(self._stages.components.following(self.plan))
+                self._held = stack.pop_all()
+
+    def end(self) -> None:
+        """Gives the run's memory back to others; ending twice is allowed."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.close()
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -97,7 +128,7 @@ class Run:
     def _latent_shape(self) -> tuple[int, ...]:
         request = self.request
         model = self._stages.manifest.model
-        return wan.latent_shape(model, request.batch, request.height, request.width, request.num_frames)
+        return model.latent_shape(request.batch, request.height, request.width, request.num_frames)
 
     def _encode(self) -> tuple[Array, Array | None]:
         """Conditional and, with guidance, unconditional embeddings, one row per video."""
@@ -111,7 +142,7 @@ class Run:
             unconditional = request.negative_prompt_embeds
             negatives = request.negative_prompts if unconditional is None else ()
         if prompts or negatives:  # together, while the text encoder's weights are there
-            embeds = self._stages.encode_prompt([*prompts, *negatives])
+            embeds = self._stages.encode_prompt([*prompts, *negatives], self.plan)
             conditional = embeds[: len(prompts)] if prompts else conditional
             unconditional = embeds[len(prompts) :] if negatives else unconditional
         self._progress("encode", 1, 1)
@@ -126,8 +157,8 @@ class Run:
         generator = generators[0] if len(generators) == 1 else generators or None
         count = len(scheduler.timesteps)  # some samplers ask for more predictions than they make steps
         latents = latents * np.float32(scheduler.init_noise_sigma)
-        with self._stages.stage("transformer") as component:
-            denoiser = Denoiser(component, prompts, bool(self.request.guidance_batch), self._cancel)
+        with self._stages.components.stage("transformer", self.plan) as component:
+            denoiser = Denoiser(component, self._stages.text, prompts, self.plan.one_batch, self._cancel)
             for i, t in enumerate(scheduler.timesteps):
                 # 1. the denoiser's input, and how many predictions guidance makes of it: none, one or two
                 check_cancelled(self._cancel, "denoise")
@@ -164,7 +195,7 @@ class Run:
 
     def chunks(self, latents: Array) -> Iterator[Array]:
         """Decodes one video's latents; chunks (f, H, W, 3) float32, the time of decoding counted."""
-        chunks = self._stages.decode(latents, self._progress, self._cancel)
+        chunks = self._stages.decode(latents, self.plan, self._progress, self._cancel)
         while True:
             with self._timed("decode"):
                 chunk = next(chunks, None)
@@ -193,7 +224,7 @@ def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict
         raise RequestError(f"the step callback returned a {type(returned).__name__}; expected a dict, or None")
     changed = dict(tensors)
     for name, value in (returned or {}).items():
-        old, array = tensors.get(name), np.asarray(value)
+        old, array = tensors.get(name), _as_array(name, value)
         if old is None or array.shape != old.shape or array.dtype.kind not in "fiu":
             raise RequestError(
                 f"the step callback returned {name!r} of shape {list(array.shape)} and dtype {array.dtype}; expected "
@@ -205,6 +236,16 @@ def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict
         if not np.all(np.isfinite(changed[name])):  # type: ignore[arg-type]
             raise RequestError(f"the step callback left {name!r} with values that are not finite; return finite ones")
     return changed
+
+
+def _as_array(name: str, value: Any) -> NDArray[Any]:
+    """What a callback returned for a tensor; raises RequestError where NumPy cannot take it, as of a GPU's memory."""
+    try:
+        return np.asarray(value)
+    except Exception as exc:  # the other library's own
+        raise RequestError(
+            f"the step callback returned {name!r} of type {type_of(value)}; expected a NumPy array{advice(name, value)}"
+        ) from exc
 
 
 class FrameStream(Iterator[NDArray[Any]]):
@@ -227,6 +268,7 @@ class FrameStream(Iterator[NDArray[Any]]):
         self.settings = run.request.settings(run.scheduler_settings)
         self.latents: Array | None = None
         self._frames = self._make()
+        weakref.finalize(self, run.end)  # of a stream that nobody holds any more
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
@@ -249,23 +291,37 @@ class FrameStream(Iterator[NDArray[Any]]):
     def sample(self) -> Array:
         """Encodes and denoises, if that has not been done, and returns the latents."""
         if self.latents is None:
-            self.latents = self._run.sample(self._generator)
+            self._run.begin()
+            try:
+                self.latents = self._run.sample(self._generator)
+            except BaseException:
+                self._run.end()
+                raise
         return self.latents
 
     def _make(self) -> Iterator[NDArray[Any]]:
-        for chunk in self._run.chunks(self.sample()):
-            yield from wan.to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+        latents = self.sample()
+        try:
+            for chunk in self._run.chunks(latents):
+                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+        finally:
+            self._run.end()
 
     def close(self) -> None:
         """Ends the video early and releases its state."""
         self._frames.close()  # type: ignore[attr-defined]
+        self._run.end()  # where no frame was asked for yet
 
 
 def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> TextToVideoOutput:
     """Carries a run out, and gathers what a call gives back."""
-    latents = run.sample(generator)
     request, kind = run.request, run.request.output_type
-    frames: Any = latents if kind == "latent" else collect(run, latents, kind)
+    run.begin()
+    try:
+        latents = run.sample(generator)
+        frames: Any = latents if kind == "latent" else collect(run, latents, kind)
+    finally:
+        run.end()
     seeds = list(request.seeds)
     return TextToVideoOutput(
         frames=frames,
@@ -274,7 +330,7 @@ def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> 
         stage_seconds=run.seconds,
         step_calls=tuple(run.step_calls),
         skipped_calls=run.skipped_calls,
-        peak_rss_bytes=platform.peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
     )
 
 
@@ -282,7 +338,7 @@ def collect(run: Run, latents: Array, output_type: str) -> Any:
     """All videos of a batch, in the form that was asked for: an array, or lists of PIL images."""
     videos = []
     for video in latents:
-        chunks = [chunk if output_type == "np" else wan.to_uint8(chunk) for chunk in run.chunks(video[None])]
+        chunks = [chunk if output_type == "np" else to_uint8(chunk) for chunk in run.chunks(video[None])]
         videos.append(np.concatenate(chunks))
     if output_type != "pil":
         return np.stack(videos)

@@ -4,14 +4,12 @@ Builders fuse and reorder, and kernels have been wrong on single GPUs without a 
 its own graphs in float32, run by ONNX Runtime on the CPU at build time, and any backend can be held against them.
 
 Plans take only the sizes they were built for, those of whole videos, and are tested at these: other sizes would be
-other kernels. The VAE decoder's reference makes them too, two latent frames and the smallest of its tiles. A denoiser's
-would take an hour. But on latents that are the same everywhere all tokens stay alike through every layer, because
-whatever weights attention gives to equal values, their mean is that value: one token alone has the same answer.
+other kernels. Which calls show a component at work and can be made in float32 on a CPU is for its family to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
+from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.contract import Component, EngineState
-from t2v_rt.engines.manifest import ComponentSpec, Manifest, ModelSpec
 from t2v_rt.errors import BundleError
-from t2v_rt.runtime import wan
-from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.families import family_of
 
-Arrays = dict[str, NDArray[Any]]
 FOLDER = "self_test"  # of the bundle; a file for each component
-TOKENS = 8  # of the prompt
-ROWS, COLUMNS, FRAMES = 4, 6, 2  # of the latents
-TIMESTEP = 500.0
 WEIGHTS_MARGIN = 1.5  # times the error that quantized weights had on the CPU: a GPU rounds other things
 KEPT_VALUES = 100_000  # of one output; of a larger one, evenly spaced ones are kept
 # Largest error, relative to the largest value of the reference. The float32 bound leaves room for another processor's
 # order of sums, the half one for a dozen roundings of operands in depth; a wrong kernel is off by tens of percent.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an engine.
-
-    Args:
-        role: of the engine.
-        feeds: its inputs.
-        output: name of the output that is kept.
-    """
-
-    role: str
-    feeds: Arrays
-    output: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +61,7 @@ def run_calls(name: str, component: Component, model: ModelSpec, built: Componen
     """
     results: list[NDArray[Any]] = []
     states: dict[str, EngineState] = {}
-    for call in _calls(name, component, model, built, results):
+    for call in family_of(model).self_test(name, component, model, built, results):
         engine, part = component[call.role], call.role.partition("_")[0]
         feeds = {spec.name: np.ascontiguousarray(call.feeds[spec.name], spec.numpy_dtype) for spec in engine.inputs}
         if engine.states and part not in states:
@@ -90,57 +69,6 @@ def run_calls(name: str, component: Component, model: ModelSpec, built: Componen
             states[part] = component.new_state(height=rows, width=columns, part=part)
         results.append(engine.infer(feeds, states.get(part))[call.output])
     return results
-
-
-def _calls(
-    name: str, component: Component, model: ModelSpec, built: ComponentSpec, results: Sequence[NDArray[Any]]
-) -> Iterator[Call]:
-    """The calls of a component; later ones may take what earlier ones gave."""
-    noise = Generator(0)
-    if name == "text_encoder":
-        buckets = wan.relative_buckets(TOKENS, model.relative_buckets, model.relative_max_distance)
-        for role in component:  # all are fed alike: what one gives would carry its error into the next
-            hidden = Generator(0).randn((1, TOKENS, model.text_dim))
-            feeds: Arrays = {"hidden_states": hidden, "relative_buckets": buckets}
-            yield Call(role, feeds, component[role].outputs[0].name)
-    elif name == "transformer":
-        yield Call("model", _denoiser_feeds(component, model, built, noise), "noise_pred")
-    else:
-        rows, columns = _sizes(built, "head_first", ("height", "width"), (ROWS, COLUMNS))
-        fed = _sizes(built, "tail", ("height", "width"), (rows * _scale(built), columns * _scale(built)))
-        for when in ("first", "next"):
-            latents = noise.randn((1, model.latent_channels, rows, columns))
-            yield Call(f"head_{when}", {"latents": latents}, "features")
-            yield Call("tail", {"features": results[-1][:1, :, : fed[0], : fed[1]]}, "frames")
-
-
-def _denoiser_feeds(component: Component, model: ModelSpec, built: ComponentSpec, noise: Generator) -> Arrays:
-    """Noise; or, where the bundle has a plan, latents that are the same everywhere, of one token for the reference."""
-    text = np.zeros((1, model.text_length, model.text_dim), np.float32)
-    text[:, :TOKENS] = noise.randn((1, TOKENS, model.text_dim))
-    if built.graphs["model"].plan is None:
-        latents = noise.randn((1, model.latent_channels, FRAMES, ROWS, COLUMNS))
-    else:
-        values = noise.randn((1, model.latent_channels, *model.patch))
-        plan = component["model"].spec.plan
-        sizes = model.patch if plan is None else _sizes(built, "model", ("frames", "height", "width"), model.patch)
-        latents = np.tile(values, [1, 1, *(size // of for size, of in zip(sizes, model.patch, strict=True))])
-    feeds: Arrays = {"hidden_states": latents, "timestep": np.array([TIMESTEP]), "encoder_hidden_states": text}
-    if any(spec.name == "encoder_attention_bias" for spec in component["model"].inputs):
-        context = wan.text_context(text)
-        feeds |= {"encoder_hidden_states": context.embeds, "encoder_attention_bias": context.bias}
-    return feeds
-
-
-def _sizes(built: ComponentSpec, role: str, names: Sequence[str], free: Sequence[int]) -> list[int]:
-    """The sizes that a plan is tuned for in its last profile, that of the smallest tiles; `free` of a graph."""
-    plan = built.graphs[role].plan
-    return list(free) if plan is None else [plan.profiles[-1].sizes[name].opt for name in names]
-
-
-def _scale(built: ComponentSpec) -> int:
-    assert built.tiles is not None
-    return built.tiles.scale
 
 
 def record(name: str, answers: Sequence[NDArray[Any]], folder: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from t2v_rt import console
 from t2v_rt.errors import EngineError, RequestError, T2VError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
@@ -38,24 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 bad usage or input, 1 anything else, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="t2v-rt: %(levelname)s: %(message)s", stream=sys.stderr)
-    try:
-        options = make_parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], None] = options.command
-        command(options)
-    except KeyboardInterrupt as exc:
-        print(f"t2v-rt: interrupted{_notes(exc)}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except T2VError as exc:
-        print(f"t2v-rt: error: {exc}{_notes(exc)}", file=sys.stderr)
-        return exc.exit_code
-    except BrokenPipeError:
-        return EXIT_FAILURE
-    except Exception as exc:  # whatever else goes wrong is one line for the user; --verbose shows where
-        if "--verbose" in arguments:
-            raise
-        print(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}{_notes(exc)}", file=sys.stderr)
-        return EXIT_FAILURE
+    console.prepare_streams()
+    with console.ended_by_signals() as ending:
+        try:
+            options = make_parser().parse_args(arguments)
+            if options.json:
+                console.check_output_is_open()
+            command: Callable[[argparse.Namespace], None] = options.command
+            command(options)
+        except (KeyboardInterrupt, Exception) as exc:
+            if ending.came or isinstance(exc, KeyboardInterrupt):
+                console.tell(f"t2v-rt: interrupted{_notes(exc)}")
+                return EXIT_INTERRUPTED
+            if isinstance(exc, BrokenPipeError):
+                return EXIT_FAILURE
+            if isinstance(exc, T2VError):
+                console.tell(f"t2v-rt: error: {exc}{_notes(exc)}")
+                return exc.exit_code
+            if "--verbose" in arguments:  # whatever else goes wrong is one line for the user, but for who wants more
+                raise
+            console.tell(f"t2v-rt: error: {type(exc).__name__}: {' '.join(str(exc).split())}{_notes(exc)}")
+            return EXIT_FAILURE
     return 0
 
 
@@ -135,7 +138,11 @@ def _add_engines(add: Any) -> None:
     """Where engines run."""
     add("--backend", help="must be the one that the bundle was built for")
     add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
-    add("--threads", type=int, help="threads per engine; all cores where it is left out")
+    add(
+        "--threads",
+        type=int,
+        help="threads per engine; all cores where it is left out, and never more than this process may use",
+    )
     add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
 
 
@@ -146,7 +153,7 @@ def _add_generate(commands: Any) -> None:
     add("--engines", required=True, metavar="BUNDLE", help="folder that build-engines wrote")
     add("--output", metavar="FILE", help=".mp4, .webm, .gif, .npy, or a name without extension for a folder of png")
     add("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    add("--seed", type=int, help="of the noise; drawn and told where it is left out")
+    add("--seed", type=int, help="of the noise; drawn and told where it is left out or -1")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")
     add("--num-frames", type=int, help="frames of the video")
@@ -260,7 +267,7 @@ def run_build(options: argparse.Namespace) -> None:
 
 def _dry_run(options: argparse.Namespace) -> None:
     from t2v_rt.build import BuildRequest
-    from t2v_rt.dry_run import describe, dry_run
+    from t2v_rt.build.dry_run import describe, dry_run
 
     request = BuildRequest(
         options.checkpoint,
@@ -285,7 +292,7 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
 
 def run_generate(options: argparse.Namespace) -> None:
     """`generate`."""
-    from t2v_rt.generate import generate
+    from t2v_rt.commands.generate import generate
     from t2v_rt.progress import Bars
 
     with Bars() as bars:
@@ -302,7 +309,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """`inspect`."""
-    from t2v_rt.inspect import describe, inspect_bundle
+    from t2v_rt.commands.inspect import describe, inspect_bundle
 
     report = inspect_bundle(options.bundle)
     show(options, report, describe(report))
@@ -310,7 +317,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def run_encode(options: argparse.Namespace) -> None:
     """`encode`."""
-    from t2v_rt.encode import encode
+    from t2v_rt.commands.encode import encode
 
     report = encode(
         options.prompt,
@@ -330,8 +337,11 @@ def run_encode(options: argparse.Namespace) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """`plan`."""
-    from t2v_rt.plan import describe, plan, write_picture
+    from t2v_rt.commands.plan import check_picture, describe, plan, write_picture
+    from t2v_rt.system.outputs import check_apart
 
+    if options.picture is not None:
+        check_apart({"--picture": check_picture(options.picture)}, {"BUNDLE": options.bundle})
     report = plan(
         options.bundle,
         height=options.height,
@@ -347,7 +357,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def run_verify(options: argparse.Namespace) -> None:
     """`verify`; fails where a component does."""
-    from t2v_rt.verify import verify
+    from t2v_rt.commands.verify import verify
 
     report = verify(
         options.bundle,
@@ -367,15 +377,12 @@ def run_verify(options: argparse.Namespace) -> None:
 
 def run_doctor(options: argparse.Namespace) -> None:
     """`doctor`."""
-    from t2v_rt.doctor import describe, examine
+    from t2v_rt.commands.doctor import describe, examine
 
     report = examine()
     show(options, report, describe(report))
 
 
 def show(options: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> None:
-    """Prints a result: one JSON object, or lines for a person."""
-    if options.json:
-        print(json.dumps(report, ensure_ascii=False))
-    else:
-        print("\n".join(lines))
+    """Prints a result: one JSON object, in ASCII so that any stream can take it, or lines for a person."""
+    console.answer(json.dumps(report) if options.json else "\n".join(lines))

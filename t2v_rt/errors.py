@@ -3,6 +3,7 @@
     T2VError
     ├── InputError            what the caller gave cannot be used (exit code 2)
     │   ├── RequestError      a setting of a request: size, steps, guidance, scheduler, output …
+    │   │   └── ForeignAttributeError  something of diffusers' pipelines that is done in another way here
     │   ├── CheckpointError   a diffusers folder that cannot be exported
     │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
     │   └── BackendError      a backend that is unknown, not installed or not usable here
@@ -14,6 +15,11 @@ Every message is one line: what was found, what was expected, what to do.
 """
 
 from __future__ import annotations
+
+
+def type_of(value: object) -> str:
+    """The full name of a value's type, for a message."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 class T2VError(Exception):
@@ -33,6 +39,10 @@ class InputError(T2VError, ValueError):
 
 class RequestError(InputError):
     """A setting of a request is invalid."""
+
+
+class ForeignAttributeError(RequestError, AttributeError):
+    """An attribute or method of diffusers' pipelines that is done in another way here."""
 
 
 class CheckpointError(InputError):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
+
+from t2v_rt.system.files import is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -49,7 +52,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -60,7 +63,8 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError, ValueError):  # the terminal is gone
+                self._progress.stop()
 
     def update(self, stage: str, done: int, total: int, *, detail: str = "") -> None:
         """Moves a stage's bar."""

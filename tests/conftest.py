@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from t2v_rt import TextToVideoPipeline, build_engines
-from t2v_rt.engines.bundle import Bundle
-from tests.checkpoints import TINY, TinyWan, load_reference, make_checkpoint
-from tests.marks import needs_reference, refuse_reference
+from t2v_rt.engines.bundle.store import Bundle
+from tests.support.checkpoints import TINY, TinyWan, load_reference, make_checkpoint
+from tests.support.marks import needs_reference, refuse_reference
 
 ONE_EACH = "1MB"  # a budget that leaves room for one block of a tiny text encoder only
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from t2v_rt import TextToVideoPipeline, build_engines
-from tests.checkpoints import load_reference
+from tests.support.checkpoints import load_reference
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "bouncing-shapes"
 VIDEO_TOLERANCE = 0.05 / 255  # largest difference of a frame to diffusers' after the default steps

@@ -1,0 +1,1 @@
+"""Bundles: what is in one, and one on disk."""

@@ -1,0 +1,245 @@
+"""ONNX Runtime as a backend: CPU, or CUDA through its provider."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
+from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.linked_graph import FOLDER_OPTION, real_graph
+from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
+from t2v_rt.numbers import as_integer
+from t2v_rt.system import forked
+from t2v_rt.system.files import native_name
+from t2v_rt.system.resources import usable_threads
+
+OUT_OF_MEMORY = re.compile(r"(failed|unable) to allocate|bad_?alloc|out of memory", re.IGNORECASE)
+ERRORS_ONLY = 3  # ONNX Runtime's log level
+# A product with a matrix that is mapped from its file adds up its terms in blocks, whose length is another where a
+# thread has 64 columns or fewer. So threads have more than that each, and narrow matrices always the same number of
+# threads: then results do not depend on how many are asked for.
+COLUMNS_PER_THREAD = 128
+FEW_THREADS = 2
+PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # on a small card the arena must not double on growth, nor cuDNN try out workspaces of any size
+    "cuda": (
+        "CUDAExecutionProvider",
+        {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+    ),
+}
+
+
+Buffers = dict[str, ort.OrtValue]
+
+
+class OrtState(EngineState):
+    """Device buffers that are read, and spare ones that are written; after a call they change places.
+
+    Args:
+        current: name -> buffer.
+        spare: likewise, of the states that are written; states that are used one after another share one.
+        sizes: what the buffers were made for.
+    """
+
+    def __init__(self, current: Buffers, spare: Buffers, sizes: Mapping[str, int]) -> None:
+        self.current, self.spare, self.sizes = current, spare, sizes
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the buffers to the parent, as they may lie on a GPU; see `t2v_rt.system.forked`."""
+        forked.abandon(*self.current.values(), *self.spare.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.tensor_size_in_bytes() for side in (self.current, self.spare) for value in side.values())
+
+    def to_host(self) -> dict[str, NDArray[Any]]:
+        return {name: value.numpy().copy() for name, value in self.current.items()}
+
+
+class OrtEngine(Engine):
+    """One ONNX graph in an inference session."""
+
+    def __init__(self, name: str, spec: GraphSpec, session: ort.InferenceSession) -> None:
+        super().__init__(name, spec)
+        self._session: ort.InferenceSession | None = session
+        self._closed = "the engine is closed; open the component again"
+        forked.watch(self)
+
+    def after_fork(self) -> None:
+        """Leaves the session to the parent; see `t2v_rt.system.forked`."""
+        forked.abandon(self._session)
+        self._session = None
+        self._closed = "the engine belongs to the process that this one was forked from; call the pipeline anew"
+
+    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+        if self._session is None:
+            raise EngineError(f"{self.name}: {self._closed}")
+        try:
+            if not isinstance(state, OrtState):
+                values = self._session.run([spec.name for spec in self.outputs], dict(feeds))
+                return dict(zip([spec.name for spec in self.outputs], values, strict=True))
+            return self._run_bound(self._session, feeds, state)
+        except EngineError:
+            raise
+        except Exception as exc:  # ONNX Runtime's own exceptions have no common base below Exception
+            if OUT_OF_MEMORY.search(str(exc)):
+                raise OutOfMemoryError(f"{self.name}: ONNX Runtime ran out of memory") from exc
+            raise EngineError(f"{self.name}: ONNX Runtime failed: {str(exc).splitlines()[0][:300]}") from exc
+
+    def _run_bound(self, session: ort.InferenceSession, feeds: Feeds, state: OrtState) -> dict[str, NDArray[Any]]:
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for spec in self.outputs:
+            binding.bind_output(spec.name, "cpu")
+        for item in self.states:
+            if item.input is not None:
+                binding.bind_ortvalue_input(item.input, state.current[item.tensor.name])
+            if item.output is not None:
+                binding.bind_ortvalue_output(item.output, state.spare[item.tensor.name])
+        session.run_with_iobinding(binding)
+        results = [value.numpy() for value in binding.get_outputs()[: len(self.outputs)]]
+        rotate(self.states, state.current, state.spare)
+        return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
+
+    def close(self) -> None:
+        with forked.loading:
+            self._session = None
+
+
+class OrtComponent(Component):
+    """A component whose engines are ONNX Runtime sessions."""
+
+    device = "cpu"
+
+    def new_states(
+        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+    ) -> list[OrtState]:
+        sizes = {"height": height, "width": width}
+
+        def buffers(tensors: Sequence[TensorSpec]) -> Buffers:
+            zeros = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in tensors}
+            return {name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, 0) for name, zero in zeros.items()}
+
+        try:
+            spare = buffers(self.written(part))
+            return [OrtState(buffers(self.states(part)), spare, sizes) for _ in range(count)]
+        except MemoryError as exc:
+            raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Loads components into ONNX Runtime.
+
+    Args:
+        provider: `cpu` or `cuda`.
+    threads: of one engine; None for as many as there are cores. Never more than this process may use. The text encoder
+        has fewer, or two at least, where its result would depend on their number.
+
+    Raises:
+        BackendError: unknown provider, or one that this installation of ONNX Runtime lacks.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise BackendError(f"unknown provider {self.provider!r}; expected one of {', '.join(PROVIDERS)}")
+        threads = as_integer(self.threads)
+        if self.threads is not None and (threads is None or threads < 1):
+            raise BackendError(f"threads is {self.threads!r}; expected an integer of 1 or more")
+        object.__setattr__(self, "threads", usable_threads(threads))
+        if PROVIDERS[self.provider][0] not in ort.get_available_providers():
+            raise BackendError(
+                f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
+            )
+
+    @property
+    def device(self) -> str:
+        """Empty on the CPU, where bundles' answers were computed; else the provider and ONNX Runtime's version."""
+        return "" if self.provider == "cpu" else f"{self.provider}, ONNX Runtime {ort.__version__}"
+
+    @property
+    def identity(self) -> str:
+        """Provider and version, and the machine, whose processor chooses the kernels."""
+        return f"{self.provider}, ONNX Runtime {ort.__version__}, {platform.node()}"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Not known: ONNX Runtime does not tell it."""
+        return None
+
+    def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
+        """Loads the engines of a component.
+
+        Args:
+            folder: of the bundle.
+            name: of the component.
+            spec: from the manifest.
+
+        Raises:
+            EngineError: ONNX Runtime cannot load a graph.
+            BackendError: the GPU is that of the process that this one was forked from.
+        """
+        if self.provider != "cpu":
+            forked.claim_gpu()
+        engines: dict[str, Engine] = {}
+        for role, graph in spec.graphs.items():
+            label = name if role == "model" else f"{name}.{role}"
+            columns = int(graph.outputs[0].shape[-1]) if role.startswith(BLOCKS) else 0
+            engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label, columns))
+        component = OrtComponent(name, spec, engines)
+        component.device = self.provider
+        return component
+
+    def _engine_threads(self, columns: int) -> int:
+        """Threads of an engine with mapped matrices of so many columns, or none; 0 for as many as there are cores."""
+        most = columns // COLUMNS_PER_THREAD
+        if columns and most < FEW_THREADS:
+            return FEW_THREADS
+        return most if columns and (self.threads or os.cpu_count() or 1) > most else self.threads or 0
+
+    def _session(self, path: Path, label: str, columns: int) -> ort.InferenceSession:
+        """Loads a graph.
+
+        Args:
+            path: of the graph.
+            label: named in errors.
+            columns: of its matrices where they are used as they are mapped from the file, which suits engines that run
+                a few times only; 0 to copy them in the order that multiplying them is fastest in.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._engine_threads(columns)
+        if columns:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False  # laid out ahead, activations take a quarter more and are no faster
+        options.log_severity_level = ERRORS_ONLY
+        options.inter_op_num_threads = 1
+        options.use_deterministic_compute = True
+        name, settings = PROVIDERS[self.provider]
+        source: str | bytes = native_name(path)
+        if (linked := real_graph(path)) is not None:
+            source, folder = linked
+            options.add_session_config_entry(FOLDER_OPTION, str(folder))
+        try:
+            with forked.loading:
+                return ort.InferenceSession(source, options, providers=[(name, settings)])
+        except Exception as exc:  # as above
+            raise EngineError(
+                f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"
+            ) from exc

@@ -1,0 +1,131 @@
+"""Shape profiles of the Wan2.1 family: from videos in pixels and frames to the sizes of each component's graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from t2v_rt.engines.bundle.manifest import TileSpec
+from t2v_rt.engines.bundle.model import ModelSpec
+from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.export.graph import Form
+
+Ranges = Mapping[str, Range]
+BUILT_GRIDS = ((1, 1), (2, 2), (3, 4))  # of the VAE decoder: the whole frame, and tiles for when it does not fit
+TYPICAL_PROMPT = 64  # tokens; prompts of a few sentences
+HALF = 2
+# Bytes of the feed-forward's widened values that need no slices, and that a slice should have where there are any.
+UNSLICED, SLICE = 64_000_000, 50_000_000
+LEAST_SLICES = 12  # with less than ten the builder runs several at once again
+
+
+def with_grids(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfile]) -> TileSpec:
+    """The tiles of a decoder whose tail is built for `BUILT_GRIDS`.
+
+    Args:
+        tiles: of the decoder.
+        model: constants of the model.
+        profiles: of the bundle.
+
+    Returns:
+        The same with those grids that the smallest video has features for, and that make its tiles smaller.
+    """
+    rows, columns = (
+        min(getattr(profile, name).min for profile in profiles) // model.latents.spatial_factor * tiles.scale
+        for name in ("height", "width")
+    )
+    grids = [BUILT_GRIDS[0]]
+    for grid in BUILT_GRIDS[1:]:
+        fed = (tiles.fed_length(rows, grid[0]), tiles.fed_length(columns, grid[1]))
+        if grid[0] <= rows and grid[1] <= columns and fed[0] < rows and fed[1] < columns:
+            grids.append(grid)
+    return replace(tiles, grids=tuple(grids))
+
+
+def component_ranges(
+    model: ModelSpec, profiles: Sequence[VideoProfile], tiles: TileSpec, text_roles: Sequence[str]
+) -> dict[str, dict[str, tuple[Ranges, ...]]]:
+    """Ranges of the symbols of each engine's graph, for each profile; equal ones once.
+
+    Args:
+        model: constants of the model.
+        profiles: of the bundle.
+        tiles: of the VAE decoder, with the grids to build for.
+        text_roles: of the text encoder's engines.
+
+    Returns:
+        Component -> role -> a mapping of symbols to ranges for each profile.
+    """
+    text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text.length), model.text.length)}
+    frames, images, parts = [], [], []
+    for profile in profiles:
+        image = {
+            "height": _divided(profile.height, model.latents.spatial_factor),
+            "width": _divided(profile.width, model.latents.spatial_factor),
+        }
+        latents = profile.num_frames.map(model.decode.latents)
+        images.append(image)
+        frames.append({"batch": Range.of(1), "frames": latents, **image})
+        parts += [
+            {
+                name: image[name].map(lambda size, count=count: tiles.fed_length(size * tiles.scale, count))  # type: ignore[misc]
+                for name, count in zip(("height", "width"), grid, strict=True)
+            }
+            for grid in tiles.grids
+        ]
+    head, tail = _distinct(images), _distinct(parts)
+    return {
+        "text_encoder": dict.fromkeys(text_roles, (text,)),
+        "transformer": {"model": _distinct(frames)},
+        "vae_decoder": {"head_first": head, "head_next": head, "tail": tail},
+    }
+
+
+def component_forms(
+    model: ModelSpec, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], ffn_dim: int, float32_matmul: bool
+) -> dict[str, dict[str, Form]]:
+    """The form of each engine's graph.
+
+    Args:
+        model: constants of the model.
+        ranges: from `component_ranges`.
+        ffn_dim: width of the denoiser's feed-forward.
+        float32_matmul: whether all GPUs can multiply float32 matrices.
+
+    Returns:
+        Component -> role -> form.
+    """
+    forms: dict[str, dict[str, Form]] = {}
+    for name, roles in ranges.items():
+        for role, profiles in roles.items():
+            firsts = profiles[0]
+            fixed = {
+                symbol: firsts[symbol].min
+                for symbol in firsts
+                if firsts[symbol].fixed and all(sizes[symbol] == firsts[symbol] for sizes in profiles)
+            }
+            slices, rows = 1, None
+            if name == "transformer":
+                slices, rows = _slices(model, profiles, ffn_dim), model.text.length
+            forms.setdefault(name, {})[role] = Form(fixed, slices, rows, float32_matmul)
+    return forms
+
+
+def _slices(model: ModelSpec, profiles: Sequence[Ranges], ffn_dim: int) -> int:
+    tokens = max(
+        math.prod(
+            sizes[axis].max // size for axis, size in zip(("frames", "height", "width"), model.patch, strict=True)
+        )
+        for sizes in profiles
+    )
+    widened = tokens * ffn_dim * HALF
+    return 1 if widened <= UNSLICED else max(LEAST_SLICES, math.ceil(widened / SLICE))
+
+
+def _divided(pixels: Range, factor: int) -> Range:
+    return pixels.map(lambda size: size // factor)
+
+
+def _distinct(profiles: Sequence[Ranges]) -> tuple[Ranges, ...]:
+    return tuple(profile for i, profile in enumerate(profiles) if profile not in profiles[:i])

@@ -1,0 +1,121 @@
+"""The denoiser's predictions of one step: conditional and unconditional, in one batch or in two calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2v_rt.engines.contract import Component
+from t2v_rt.runtime.cancel import check_cancelled
+from t2v_rt.runtime.families import TextRule
+
+Array = NDArray[np.float32]
+# Provider -> tokens, of all videos together, up to which one batch was measured to be the faster way: by 6 to 50 % up
+# to 720 tokens, by nothing certain from 1280 on, where it takes more memory (benchmarks/results/guidance.json, of the
+# demo's denoiser). On a GPU nothing was measured, and memory is what is short there: two calls.
+ONE_BATCH_TOKENS: Mapping[str, int] = {"cpu": 720}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompt embeddings of a run.
+
+    Args:
+        embeds: float32 (B, L, D).
+        negative_embeds: likewise, or None without guidance.
+    """
+
+    embeds: Array
+    negative_embeds: Array | None
+
+
+class Denoiser:
+    """A run's way to the denoiser.
+
+    Args:
+        component: with the engine `model`.
+        rule: how its family takes text.
+        prompts: of the run; may be replaced between steps.
+        together: whether the two predictions of a step are made in one batch.
+        cancel: looked at before each call, or None.
+    """
+
+    def __init__(
+        self,
+        component: Component,
+        rule: TextRule,
+        prompts: Prompts,
+        together: bool,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        self._engine = component["model"]
+        self._rule = rule
+        plan = self._engine.spec.plan
+        self._most = None if plan is None else max(profile.sizes["batch"].max for profile in plan.profiles)
+        self._together = together
+        self._cancel = cancel
+        self.prompts = prompts
+
+    @property
+    def prompts(self) -> Prompts:
+        """Of the run; what the engine takes of them is made once for all steps."""
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
+        self._prompts = prompts
+        self._alone = [self._text([embeds]) for embeds in given]
+        self._both = self._text(given)
+
+    def _text(self, embeds: Sequence[Array]) -> dict[str, Array]:
+        """Read-only copies, which a device may keep from step to step."""
+        copies = {name: array.copy() for name, array in self._rule.inputs(self._engine.inputs, embeds).items()}
+        for array in copies.values():
+            array.flags.writeable = False
+        return copies
+
+    def predict(self, sample: Array, t: float, passes: int) -> tuple[Array, ...]:
+        """The predictions of one step for all videos of the batch.
+
+        Args:
+            sample: float32 (B, C, F, H, W).
+            t: the timestep.
+            passes: 1 for the conditional prediction, 2 for both.
+
+        Returns:
+            As many arrays float32 (B, C, F, H, W).
+
+        Raises:
+            CancelledError: the request was cancelled.
+            EngineError: the engine failed.
+        """
+        if passes == 2 and self._together:
+            prediction = self._infer(np.concatenate([sample, sample]), t, self._both)
+            return prediction[: len(sample)], prediction[len(sample) :]
+        return tuple(self._infer(sample, t, text) for text in self._alone[:passes])
+
+    def _infer(self, sample: Array, t: float, text: Mapping[str, Array]) -> Array:
+        """One call, or as many as an engine that was built for small batches needs."""
+        most = self._most or len(sample)
+        if len(sample) > most:
+            rows = [slice(i, i + most) for i in range(0, len(sample), most)]
+            parts = [{name: array[part] for name, array in text.items()} for part in rows]
+            return np.concatenate([self._infer(sample[part], t, of) for part, of in zip(rows, parts, strict=True)])
+        check_cancelled(self._cancel, "denoise")
+        feeds = {
+            "hidden_states": np.ascontiguousarray(sample, np.float32),
+            "timestep": np.full(len(sample), t, np.float32),
+            **text,
+        }
+        prediction: Array = self._engine.infer(feeds)["noise_pred"]
+        return prediction
+
+
+def one_batch_is_faster(provider: str, tokens: int) -> bool:
+    """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked."""
+    return tokens <= ONE_BATCH_TOKENS.get(provider, 0)

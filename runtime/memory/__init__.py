@@ -1,0 +1,1 @@
+"""What a request takes in memory."""

@@ -1,0 +1,225 @@
+"""The memory plan: what each stage of a request needs and what stays loaded, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.errors import RequestError
+from t2v_rt.numbers import as_number
+from t2v_rt.runtime.decode.tiles import Grid
+from t2v_rt.runtime.families import family_of
+from t2v_rt.runtime.memory.estimates import (
+    FLOAT,
+    RGB,
+    StageMemory,
+    Way,
+    denoise_stage,
+    encode_stage,
+    on_card,
+)
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The stages of a request, and how they share a budget; made once for a call, which follows it to its end.
+
+    Args:
+        stages: in the order they run.
+        one_engine: the encode stage with one of its engines loaded at a time.
+        ways: to decode: the one that was chosen, then those that are tried where memory runs out all the same.
+        parked_bytes: caches of tiles that wait in host memory for their turn; 0 where all stay on the device.
+        budget_bytes: that they must keep to, or None.
+        one_batch: whether guidance makes both predictions of a step in one batch.
+        results_bytes: frames that a caller is given, held on the host beside the decode stage; in no stage's sum.
+        reserve_bytes: of a card, for what is on it besides: the driver's own context, and a desktop.
+        estimated: whether contexts are estimates; False where a builder told them.
+        resident: whether weights stay loaded; otherwise each stage's are released when it ends.
+        streamed: whether the text encoder's engines are loaded one after another, each released before the next.
+    """
+
+    stages: tuple[StageMemory, ...]
+    one_engine: StageMemory
+    ways: tuple[Way, ...]
+    parked_bytes: int
+    budget_bytes: int | None
+    one_batch: bool = False
+    results_bytes: int = 0
+    reserve_bytes: int = 0
+    estimated: bool = True
+    resident: bool = True
+    streamed: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """Tiles of the VAE decoder."""
+        return self.ways[0][0]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once, the reserve included; engines that stay loaded keep their boundaries too."""
+        return self.reserve_bytes + self._weights_bytes + self.own_bytes if self.resident else self.least_bytes
+
+    @property
+    def _weights_bytes(self) -> int:
+        return sum(stage.weights_bytes for stage in self.stages)
+
+    @property
+    def own_bytes(self) -> int:
+        """What a run takes beside weights, which runs of one pipeline share."""
+        if self.resident:
+            working = max(stage.context_bytes + stage.state_bytes for stage in self.stages)
+            return sum(stage.io_bytes for stage in self.stages) + working
+        return max(stage.total_bytes - stage.weights_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """What the largest stage takes when nothing else is kept loaded, the reserve included."""
+        return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
+
+    @property
+    def host_bytes(self) -> int:
+        """Likewise, with the results: what an engine on the CPU needs of the machine's memory."""
+        held = {"decode": self.results_bytes}
+        return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.stages)
+
+    def streaming(self) -> MemoryPlan:
+        """The plan that loads one of the text encoder's engines at a time."""
+        stages = tuple(self.one_engine if stage.name == self.one_engine.name else stage for stage in self.stages)
+        return replace(self, stages=stages, streamed=True)
+
+    def releasing(self) -> MemoryPlan:
+        """The plan that keeps nothing loaded from stage to stage."""
+        return replace(self.streaming(), resident=False)
+
+    def of_stage(self, name: str) -> MemoryPlan:
+        """The same plan of a run that has this stage only."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name == name))
+
+    def refusal(self, needed: int, room: int, what: str, advice: str) -> str:
+        """Says that a request does not fit.
+
+        Args:
+            needed: bytes.
+            room: bytes that there are.
+            what: they are.
+            advice: of `advise`.
+        """
+        worst = max(self.stages, key=lambda stage: stage.total_bytes).name
+        return f"this request needs about {needed / 1e9:.3g} GB in {worst}, {what} is {room / 1e9:.3g} GB; {advice}"
+
+
+def together_bytes(plans: Sequence[MemoryPlan]) -> int:
+    """The most that runs of one pipeline hold at once; a component that several of them use is loaded once.
+
+    Args:
+        plans: of the runs; at least one.
+    """
+    if len(plans) == 1:
+        return plans[0].peak_bytes
+    weights: dict[str, int] = {}
+    for stage in (stage for plan in plans for stage in plan.stages):
+        weights[stage.name] = max(stage.weights_bytes, weights.get(stage.name, 0))
+    loaded = sorted(weights.values())
+    if not any(plan.resident for plan in plans):
+        loaded = loaded[-len(plans) :]  # for they are in as many stages at a time
+    return max(plan.reserve_bytes for plan in plans) + sum(loaded) + sum(plan.own_bytes for plan in plans)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Reads a size such as `8GiB`, `6 GB` or a plain number of bytes; GB means 1e9.
+
+    Raises:
+        RequestError: not a size.
+    """
+    number = as_number(text)
+    plain = str(text) if number is None else f"{number:f}"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", plain)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise RequestError(f"{text!r} is not a size of memory; expected a number with B, MB, GB, MiB or GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def make_plan(
+    manifest: Manifest,
+    shape: tuple[int, ...],
+    *,
+    budget: int | None = None,
+    grid: Grid | None = None,
+    kept_frames: int = 0,
+    batches: Sequence[bool] = (False,),
+    room: int | None = None,
+    available: int | None = None,
+) -> MemoryPlan:
+    """Plans a request; what a builder has not measured is estimated.
+
+    Args:
+        manifest: of the bundle.
+        shape: (B, C, F, H, W) of the latents.
+        budget: bytes that the stages must keep to, or None.
+        grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget. On a card, caches
+            of tiles are parked in host memory where no grid keeps to it otherwise.
+        kept_frames: frames that are held at once as float32 results.
+        batches: whether guidance makes both predictions of a step in one batch, in the order that is preferred; the
+            first whose denoise stage fits is taken, the last where none does.
+        room: without a budget, bytes from which on the text encoder is not kept loaded; None for no limit.
+        available: bytes of the machine's memory that the denoise stage must keep to as well, or None.
+
+    Returns:
+        The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
+
+    Raises:
+        RequestError: more tiles than there are features, or a grid that the engines were not built for.
+    """
+    card, limits = on_card(manifest), [limit for limit in (budget, available) if limit is not None]
+    reserve = CARD_RESERVE if card else 0
+    for one_batch in batches:
+        denoise, estimated = denoise_stage(manifest, shape, one_batch)
+        if all(reserve + denoise.total_bytes <= limit for limit in limits):
+            break
+    latents = 0 if card else prod(shape) * FLOAT
+    results = 0 if card else kept_frames * prod(manifest.model.video_size(shape)[:2]) * RGB
+    encode, one_engine = (encode_stage(manifest, streamed=flag) for flag in (False, True))
+    family = family_of(manifest.model)
+    ways, tried = family.decode_ways(manifest, grid), []
+    for i, way in enumerate(ways):
+        decode, parked = family.decode_memory(manifest, shape, way, latents)
+        stages = (encode, denoise, decode)
+        tried.append(
+            MemoryPlan(stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated)
+        )
+        if budget is None or decode.total_bytes + reserve <= budget:
+            break
+    else:
+        tried.append(min(tried, key=lambda plan: plan.stages[-1].total_bytes))
+    plan, limit = tried[-1], room if budget is None else budget
+    if limit is None or plan.peak_bytes <= limit:
+        return plan
+    return plan.streaming() if budget is None else plan.releasing()
+
+
+def to_json(plan: MemoryPlan) -> dict[str, Any]:
+    """A plan as plain JSON values: `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `stages` and more."""
+    return {
+        "peak_bytes": plan.peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "fits": plan.fits,
+        "resident": plan.resident,
+        "streamed": plan.streamed,
+        "reserve_bytes": plan.reserve_bytes,
+        "estimated": plan.estimated,
+        "vae_tiles": list(plan.grid),
+        "parked_bytes": plan.parked_bytes,
+        "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in plan.stages],
+    }

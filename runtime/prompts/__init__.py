@@ -1,0 +1,1 @@
+"""Prompt texts to prompt embeddings."""

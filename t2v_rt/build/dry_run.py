@@ -1,0 +1,84 @@
+"""`build-engines --dry-run`: what a build would need, and the memory plan of its bundle, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2v_rt.build import BuildRequest
+from t2v_rt.build.needs import estimate_needs
+from t2v_rt.commands.plan import describe as describe_plan
+from t2v_rt.commands.plan import plan_request
+from t2v_rt.engines.bundle.manifest import ComponentSpec
+from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
+from t2v_rt.system.files import free_disk_bytes
+from t2v_rt.system.resources import available_memory_bytes
+
+if TYPE_CHECKING:
+    from t2v_rt.build.job import BuildJob, Part
+
+GB = 1e9
+
+
+def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str, Any]:
+    """Estimates a build; nothing is downloaded or written.
+
+    Args:
+        request: as for a build.
+        output: folder that the bundle would be written to, for the free disk; None for the current folder.
+
+    Returns:
+        What `plan` returns for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the build) and
+        `free_disk_bytes`, `available_memory_bytes`.
+
+    Raises:
+        InputError: as `build_engines`.
+    """
+    job, manifest = replace(request, estimate=True).prepare()
+    parts = job.parts(manifest)
+    outline = job.outline(parts)
+    specs = [_with_plans(job, part, spec) for part, spec in zip(parts, outline, strict=True)]
+    components = {
+        name: ComponentSpec.joined([spec for part, spec in zip(parts, specs, strict=True) if part.component == name])
+        for name in dict.fromkeys(part.component for part in parts)
+    }
+    report = plan_request(manifest.with_components(components), vram_budget=request.vram_budget)
+    needs = estimate_needs(job, outline)
+    return {
+        **report,
+        "estimated": True,
+        **vars(needs),
+        "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
+        "available_memory_bytes": available_memory_bytes(),
+    }
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The estimate for a person."""
+    return [
+        "an estimate; nothing was built",
+        *describe_plan(report),
+        f"to build  {report['disk_bytes'] / GB:.3g} GB of disk, {report['free_disk_bytes'] / GB:.3g} are free; "
+        f"{report['memory_bytes'] / GB:.3g} GB of memory, {report['available_memory_bytes'] / GB:.3g} are available",
+    ]
+
+
+def _with_plans(job: BuildJob, part: Part, spec: ComponentSpec) -> ComponentSpec:
+    """The outline of a part with the plans that would be built of it; of a part for ONNX Runtime, itself."""
+    if not part.ranges:
+        return spec
+    graphs = {}
+    for role, graph in spec.graphs.items():
+        profiles = tuple(PlanProfile(dict(ranges), _context(job, part, role, ranges)) for ranges in part.ranges[role])
+        graphs[role] = replace(graph, plan=PlanSpec(profiles, graph.weights_bytes, fused_attention=True))
+    return replace(spec, graphs=graphs, weights_bytes=sum(graph.weights_bytes for graph in graphs.values()))
+
+
+def _context(job: BuildJob, part: Part, role: str, ranges: Mapping[str, Range]) -> int:
+    from t2v_rt.export.wan.contexts import estimate_context
+
+    largest = {symbol: sizes.max for symbol, sizes in ranges.items()}
+    form = None if part.forms is None else part.forms[role]
+    return estimate_context(job.configs, part.component, role, largest, form)

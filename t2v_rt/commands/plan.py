@@ -1,0 +1,161 @@
+"""The plan command: whether a request fits a card, stage by stage, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.store import open_bundle
+from t2v_rt.errors import T2VError
+from t2v_rt.runtime.decode.tiles import parse_grid
+from t2v_rt.runtime.memory.advice import advise, largest_fitting
+from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
+from t2v_rt.runtime.request import make_request
+from t2v_rt.system.files import replacing
+from t2v_rt.system.outputs import check_file
+
+PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
+GB = 1e9
+LEFT, BAR, GAP, WIDTH = 80, 34, 18, 640  # of the picture
+
+
+def plan(
+    folder: str | Path,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    vram_budget: str | int | None = None,
+    vae_tiles: str | None = None,
+) -> dict[str, Any]:
+    """Plans a request.
+
+    Args:
+        folder: of the bundle.
+        height: in pixels; the bundle's default where it is left out.
+        width: likewise.
+        num_frames: likewise.
+        vram_budget: memory of the card, bytes or text such as `8GiB`.
+        vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
+
+    Returns:
+        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
+        request's size; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None;
+        `advice` says it in words.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
+    """
+    manifest = open_bundle(folder).manifest
+    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    return {
+        "bundle_id": manifest.bundle_id,
+        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles),
+    }
+
+
+def plan_request(
+    manifest: Manifest,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    vram_budget: str | int | None = None,
+    vae_tiles: str | None = None,
+) -> dict[str, Any]:
+    """Plans a request of a bundle that is known by its manifest alone; see `plan`."""
+    request = make_request(manifest, prompt="", seed=0, height=height, width=width, num_frames=num_frames)
+    budget = None if vram_budget is None else parse_bytes(vram_budget)
+    grid = None if vae_tiles is None else parse_grid(vae_tiles)
+    size = request.height, request.width, request.num_frames
+    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
+    report = {
+        "backend": manifest.backend,
+        "height": size[0],
+        "width": size[1],
+        "num_frames": size[2],
+        **to_json(made),
+    }
+    if not made.fits and budget is not None:
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
+        report["advice"] = advise(manifest, best)
+    return report
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The plan as a table for a person."""
+    rows, columns = report["vae_tiles"]
+    staged = any(stage["staging_bytes"] for stage in report["stages"])
+    lines = [
+        f"{report['width']}x{report['height']}, {report['num_frames']} frames, {report['backend']}, "
+        f"{'contexts estimated' if report['estimated'] else 'contexts as the builder told them'}; "
+        f"VAE tiles {rows}x{columns}"
+        + (f", {report['parked_bytes'] / GB:.2f} GB of their caches in host memory" if report["parked_bytes"] else ""),
+        f"{'GB':8}{'weights':>9}{'context':>9}{'state':>9}{'io':>9}{'total':>9}"
+        + (f"{'staging':>9} (pinned, of the host)" if staged else ""),
+    ]
+    for stage in report["stages"]:
+        cells = [*(stage[part] for part in PARTS), stage["total_bytes"]]
+        cells += [stage["staging_bytes"]] if staged else []
+        lines.append(f"{stage['name']:8}" + "".join(f"{cell / GB:9.3f}" for cell in cells))
+    kept = "all weights stay loaded" if report["resident"] else "each stage's weights are released after it"
+    kept += ", the text encoder's engine by engine" if report["streamed"] else ""
+    reserve = (
+        f", {report['reserve_bytes'] / GB:.1f} of it kept for driver and desktop" if report["reserve_bytes"] else ""
+    )
+    lines.append(f"peak {report['peak_bytes'] / GB:.3f} GB{reserve}, {kept}")
+    if report["budget_bytes"] is not None:
+        verdict = "fits" if report["fits"] else "does not fit"
+        advice = "" if report["fits"] else f"; {report['advice']}"
+        lines.append(f"{verdict} {report['budget_bytes'] / GB:.3f} GB{advice}")
+    return lines
+
+
+def picture(report: Mapping[str, Any]) -> str:
+    """The plan as an SVG: a stacked bar for each stage against the card."""
+    most = max(report["budget_bytes"] or 0, *(stage["total_bytes"] for stage in report["stages"]), 1)
+    scale = (WIDTH - LEFT - GAP) / most
+    bottom = GAP + len(report["stages"]) * (BAR + GAP)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 44}" font-family="sans-serif" '
+        'font-size="13">',
+        f'<rect width="{WIDTH}" height="{bottom + 44}" fill="white"/>',
+    ]
+    for i, stage in enumerate(report["stages"]):
+        x, y = float(LEFT), GAP + i * (BAR + GAP)
+        lines.append(f'<text x="8" y="{y + 22}">{escape(stage["name"])}</text>')
+        for part, colour in PARTS.items():
+            wide = stage[part] * scale
+            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}" fill="{colour}"/>')
+            x += wide
+        lines.append(f'<text x="{min(x + 6, WIDTH - 70):.1f}" y="{y + 22}">{stage["total_bytes"] / GB:.2f} GB</text>')
+    if report["budget_bytes"] is not None:
+        x = LEFT + report["budget_bytes"] * scale
+        lines.append(f'<path d="M{x:.1f} 6V{bottom}" stroke="#c0392b" stroke-width="2"/>')
+        lines.append(
+            f'<text x="{x - 4:.1f}" y="{bottom + 12}" text-anchor="end">{report["budget_bytes"] / GB:.2f} GB</text>'
+        )
+    for i, (part, colour) in enumerate(PARTS.items()):
+        x, y = LEFT + i * 120, bottom + 22
+        lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>')
+        lines.append(f'<text x="{x + 18}" y="{y + 11}">{part.removesuffix("_bytes")}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def check_picture(path: str | Path) -> Path:
+    """Checks that the picture can be written; see `check_file`."""
+    return check_file(path, ".svg", "an svg file")
+
+
+def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
+    """Writes the picture, whole or not at all; raises RequestError where it cannot be written."""
+    target = check_picture(path)
+    try:
+        with replacing(target) as temporary:
+            temporary.write_text(picture(report), encoding="utf-8", newline="\n")
+    except OSError as exc:
+        raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc

@@ -1,0 +1,103 @@
+"""Signals that end a command: they clean up as an interrupt does, in the command line alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from t2v_rt import TextToVideoPipeline, cli, console
+from t2v_rt.build.work_folder import CONTINUES
+from t2v_rt.progress import Bars
+from tests.conftest import Tiny
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="such signals are Unix's")
+ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+LONGEST = 60  # seconds that a test waits for what takes a few
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_process_that_is_told_to_end_cleans_up(narrow: Tiny, tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "t2v_rt", "generate", "a ball", "--engines", str(narrow.bundle)]
+    command += ["--output", str(tmp_path / "out.npy"), "--num-inference-steps", "90000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + LONGEST
+        while not hidden(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert hidden(tmp_path), "the video was never begun"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=LONGEST)
+    assert (process.returncode, errors) == (cli.EXIT_INTERRUPTED, "t2v-rt: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_build_that_is_told_to_end_keeps_its_finished_parts(
+    narrow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def end(self: Bars, stage: str, done: int, total: int, *, detail: str = "") -> None:
+        if detail == "vae_decoder":
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # while it cleans up
+
+    monkeypatch.setattr(Bars, "update", end)
+    command = ["build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "b")]
+    assert cli.main(command) == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr().err == f"t2v-rt: interrupted; {CONTINUES}\n"
+    assert len(hidden(tmp_path)) == 1
+    assert signal.getsignal(number) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert cli.main(command) == 0
+    assert not hidden(tmp_path)
+
+
+def test_an_interrupt_that_became_another_error_is_one_all_the_same(
+    narrow: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: object) -> None:  # as libraries do that are being imported meanwhile
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as exc:
+            raise ImportError("initialization failed") from exc
+
+    monkeypatch.setattr("t2v_rt.commands.inspect.open_bundle", load)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["inspect", str(narrow.bundle)]) == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "t2v-rt: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_that_are_ignored_or_taken_stay_so() -> None:
+    def taken(*_: object) -> None:
+        raise AssertionError
+
+    for handler in (signal.SIG_IGN, taken):  # as nohup leaves them, or a program that calls the command
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with console.ended_by_signals():
+                assert signal.getsignal(signal.SIGHUP) is handler
+                assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            assert signal.getsignal(signal.SIGHUP) is handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+def test_the_library_takes_no_signals(narrow: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in ENDING]
+    TextToVideoPipeline.from_pretrained(narrow.bundle)("a ball", num_inference_steps=1)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["inspect", str(narrow.bundle)])))
+    thread.start()  # where Python lets nobody take one
+    thread.join()
+    assert codes == [0]
+    assert [signal.getsignal(number) for number in ENDING] == before
