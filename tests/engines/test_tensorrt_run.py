@@ -43,8 +43,9 @@ def library() -> Library:
 
 
 @pytest.fixture(scope="module")
-def plans(library: Library, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build_engines(narrow.checkpoint, tmp_path_factory.mktemp("plans") / "bundle", backend=RTX)
+def plans(library: Library, plans: Bundle) -> Bundle:
+    """Those of the session, where all that runs plans is installed."""
+    return plans
 
 
 def no_gpu() -> str:
