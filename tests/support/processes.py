@@ -9,7 +9,7 @@ from typing import Any
 MET = """
 import sys
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 
 place, calls = sys.argv[1], int(sys.argv[2])
 
