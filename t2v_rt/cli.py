@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn
 
 from t2v_rt import console
+from t2v_rt.commands import COMMANDS, command_of
 from t2v_rt.errors import RequestError, T2VError, VerificationError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
-# each is a module of t2v_rt.commands, which is imported when its command is asked for
-COMMANDS: Mapping[str, str] = {
-    "build-engines": "Export a checkpoint (safetensors) and build its engines; an ended build goes on where it was.",
-    "encode": "Encode a prompt into a file, for machines that have no room for the text encoder.",
-    "generate": "Make a video from a prompt; what is left out takes the bundle's default.",
-    "inspect": "Check a bundle and tell what is in it.",
-    "plan": "Tell what a request needs in memory, stage by stage, and whether it fits; nothing is loaded.",
-    "verify": "Hold a bundle's engines, on this machine, against the answers of their float32 reference.",
-    "doctor": "Tell what of this machine can be used, and why not.",
-}
-
-
-class Command(Protocol):
-    """What a module of a command has."""
-
-    def declare(self, parser: argparse.ArgumentParser) -> None:
-        """Adds the command's options."""
-
-    def run(self, parsed: argparse.Namespace) -> dict[str, Any]:
-        """Does what the command is for; returns a report of plain JSON values."""
-
-    def describe(self, report: Mapping[str, Any]) -> list[str]:
-        """The report in lines for a person."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,11 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _notes(error: BaseException) -> str:
     """What was added to an error on its way up."""
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-
-
-def command_of(name: str) -> Command:
-    """The module of a command."""
-    return cast(Command, importlib.import_module(f"t2v_rt.commands.{name.replace('-', '_')}"))
 
 
 def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
