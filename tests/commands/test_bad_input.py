@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from tests.conftest import Tiny
 from tests.support.processes import start_and_meet
 

@@ -14,7 +14,7 @@ import pytest
 
 from t2v_rt import TextToVideoPipeline, cli, console
 from t2v_rt.build.work_folder import CONTINUES
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from tests.conftest import Tiny
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="such signals are Unix's")
