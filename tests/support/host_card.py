@@ -313,7 +313,7 @@ def export_graphs(checkpoint: Path, sizes: Sequence[int | str | None], folder: P
     request = BuildRequest(checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=(height, width, frames))
     job, manifest = request.prepare()
     return {
-        (part.component, role): folder / graph.path
-        for part in job.parts(manifest)
-        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
+        (unit.component, role): folder / graph.path
+        for unit in job.units(manifest)
+        for role, graph in job._export(replace(unit, precision="fp16"), folder).graphs.items()
     }
