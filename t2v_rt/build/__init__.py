@@ -21,7 +21,8 @@ from t2v_rt.options import documented_by
 from t2v_rt.system.outputs import check_apart
 
 if TYPE_CHECKING:
-    from t2v_rt.build.job import BuildJob, Part
+    from t2v_rt.build.job import BuildJob
+    from t2v_rt.build.units import Unit
     from t2v_rt.export.checkpoint import Checkpoint
 
 PRECISIONS = {"onnxruntime": "fp32"}  # of a backend where none is given; plans are half precision
@@ -102,12 +103,12 @@ def build(options: BuildOptions, output: str | Path, *, force: bool = False, pro
     if not force and (existing := _reusable(target, manifest)) is not None:
         return existing
     with open_work(target, manifest.fingerprint, fresh=force) as work:
-        parts = job.parts(manifest)
-        outline = job.outline(parts)
+        units = job.units(manifest)
+        outline = job.outline(units)
         needs = estimate_needs(job, outline)
         needs.check(target, work.finished_bytes)
-        told = Shares(progress, [(part.name, spec.weights_bytes) for part, spec in zip(parts, outline, strict=True)])
-        written = _build(job, parts, manifest, work, told)
+        told = Shares(progress, [(unit.name, spec.weights_bytes) for unit, spec in zip(units, outline, strict=True)])
+        written = _build(job, units, manifest, work, told)
     if job.makes_plans:
         remember_built(target)
     _remember_hashes(target, written)
@@ -130,13 +131,13 @@ def prepare(options: BuildOptions, *, estimate: bool = False) -> tuple[BuildJob,
     """
     try:
         from t2v_rt.build.job import BuildJob
-        from t2v_rt.export.wan import family as wan
+        from t2v_rt.export.components import check_tokenizer
     except ImportError as exc:
         raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
     precision = _precision(options.backend, options.precision)
     shard_bytes = _shard_bytes(options.vram_budget)
     job = BuildJob(source=_open(options, estimate), options=options, precision=precision, shard_bytes=shard_bytes)
-    wan.check_tokenizer(job.source, job.configs)
+    check_tokenizer(job.source, job.configs)
     manifest = job.manifest(estimate=estimate)
     _check_request(manifest)
     return job, manifest
@@ -154,17 +155,17 @@ def _open(options: BuildOptions, estimate: bool) -> Checkpoint:
     return open_checkpoint(place, options.files)
 
 
-def _build(job: BuildJob, parts: Sequence[Part], manifest: Manifest, work: Work, told: Shares) -> Manifest:
-    """Makes all parts that are not finished, and the manifest.
+def _build(job: BuildJob, units: Sequence[Unit], manifest: Manifest, work: Work, told: Shares) -> Manifest:
+    """Makes all units and other parts that are not finished, and the manifest.
 
     A component is tested before the next one is built: its reference lies on the disk beside what there is by then.
     """
     components = {}
-    for name in dict.fromkeys(part.component for part in parts):
+    for name in dict.fromkeys(unit.component for unit in units):
         specs = []
-        for part in (part for part in parts if part.component == name):
-            told(part.name)
-            made = work.part(part.name, partial(job.build_part, part, work, partial(told, part.name)))
+        for unit in (unit for unit in units if unit.component == name):
+            told(unit.name)
+            made = work.part(unit.name, partial(job.build_unit, unit, work, partial(told, unit.name)))
             specs.append(from_plain(made, ComponentSpec))
         components[name] = ComponentSpec.joined(specs)
         told(f"self_test.{name}")
@@ -203,7 +204,7 @@ def _precision(backend: str, given: str | None) -> str:
 
 def _shard_bytes(vram_budget: int | str | None) -> int:
     """What an engine of the text encoder may take of a card of that memory."""
-    from t2v_rt.export.wan.family import SHARD_BYTES
+    from t2v_rt.export.family import SHARD_BYTES
     from t2v_rt.runtime.memory.plan import CARD_RESERVE, parse_bytes
 
     return SHARD_BYTES if vram_budget is None else min(SHARD_BYTES, parse_bytes(vram_budget) - CARD_RESERVE)

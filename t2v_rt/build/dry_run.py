@@ -18,7 +18,8 @@ from t2v_rt.system.files import free_disk_bytes
 from t2v_rt.system.resources import available_memory_bytes
 
 if TYPE_CHECKING:
-    from t2v_rt.build.job import BuildJob, Part
+    from t2v_rt.build.job import BuildJob
+    from t2v_rt.build.units import Unit
 
 
 def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str, Any]:
@@ -36,12 +37,12 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
         InputError: the checkpoint or an option cannot be used; `build_engines` tells the kinds.
     """
     job, manifest = prepare(options, estimate=True)
-    parts = job.parts(manifest)
-    outline = job.outline(parts)
-    specs = [_with_plans(job, part, spec) for part, spec in zip(parts, outline, strict=True)]
+    units = job.units(manifest)
+    outline = job.outline(units)
+    specs = [_with_plans(job, unit, spec) for unit, spec in zip(units, outline, strict=True)]
     components = {
-        name: ComponentSpec.joined([spec for part, spec in zip(parts, specs, strict=True) if part.component == name])
-        for name in dict.fromkeys(part.component for part in parts)
+        name: ComponentSpec.joined([spec for unit, spec in zip(units, specs, strict=True) if unit.component == name])
+        for name in dict.fromkeys(unit.component for unit in units)
     }
     whole = manifest.with_components(components)
     report = plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
@@ -55,20 +56,18 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
     }
 
 
-def _with_plans(job: BuildJob, part: Part, spec: ComponentSpec) -> ComponentSpec:
-    """The outline of a part with the plans that would be built of it; of a part for ONNX Runtime, itself."""
-    if not part.ranges:
+def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec:
+    """The outline of a unit with the plans that would be built of it; of a unit for ONNX Runtime, itself."""
+    if not unit.ranges:
         return spec
     graphs = {}
     for role, graph in spec.graphs.items():
-        profiles = tuple(PlanProfile(dict(ranges), _context(job, part, role, ranges)) for ranges in part.ranges[role])
+        profiles = tuple(PlanProfile(dict(ranges), _context(job, unit, role, ranges)) for ranges in unit.ranges[role])
         graphs[role] = replace(graph, plan=PlanSpec(profiles, graph.weights_bytes, fused_attention=True))
     return replace(spec, graphs=graphs, weights_bytes=sum(graph.weights_bytes for graph in graphs.values()))
 
 
-def _context(job: BuildJob, part: Part, role: str, ranges: Mapping[str, Range]) -> int:
-    from t2v_rt.export.wan.contexts import estimate_context
-
+def _context(job: BuildJob, unit: Unit, role: str, ranges: Mapping[str, Range]) -> int:
     largest = {symbol: sizes.max for symbol, sizes in ranges.items()}
-    form = None if part.forms is None else part.forms[role]
-    return estimate_context(job.configs, part.component, role, largest, form)
+    form = None if unit.forms is None else unit.forms[role]
+    return job.configs.context(unit.component, role, largest, form)

@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
+from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
 from t2v_rt.benchmarks.plan_contexts import CHANGES
+from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.build.dry_run import dry_run
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.cli import main
 from t2v_rt.commands.plan import plan
 from t2v_rt.engines.bundle.profiles import Range
-from t2v_rt.export.checkpoint import CheckpointConfigs
-from t2v_rt.export.graph import Form
-from t2v_rt.export.wan import family as wan
-from t2v_rt.export.wan.contexts import estimate_context
-from t2v_rt.export.wan.profiles import component_forms
+from t2v_rt.export.config import CheckpointConfigs
+from t2v_rt.export.wan.family import FAMILY
 from tests.conftest import Tiny
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -31,14 +29,13 @@ DISK_SLACK = 1.6  # of a tiny bundle, whose plans are mostly code
 def test_the_rules_meet_what_builders_told() -> None:
     """Measured by benchmarks/plan_contexts.py."""
     networks = changed(CONFIGS, CHANGES)
-    configs = wan.read_configs(CheckpointConfigs("", {"_class_name": "WanPipeline"}, networks, {}, {}))
+    configs = FAMILY.read_configs(CheckpointConfigs("", {"_class_name": "WanPipeline"}, networks, {}, {}))
     rows = json.loads((RESULTS / "plan_contexts.json").read_text())["contexts"]
-    assert {row["component"] for row in rows} == set(wan.COMPONENTS)
-    model = wan.model_spec(configs)
+    assert {row["component"] for row in rows} == set(FAMILY.networks)
     for row in rows:
         ranges = {row["component"]: {row["role"]: [{name: Range.of(size) for name, size in row["sizes"].items()}]}}
-        form: Form = component_forms(model, ranges, configs.transformer.ffn_dim, True)[row["component"]][row["role"]]
-        rule = estimate_context(configs, row["component"], row["role"], row["sizes"], form)
+        form = configs.forms(ranges, float32_matmul=True)[row["component"]][row["role"]]
+        rule = configs.context(row["component"], row["role"], row["sizes"], form)
         if row["context_bytes"] > SMALL:
             assert rule == pytest.approx(row["context_bytes"], rel=RULE_TOLERANCE), row
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, TENSORS
+from t2v_rt.benchmarks.wan_tensors import CONFIGS, TENSORS
 from t2v_rt.build.dry_run import dry_run
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.export.altering import refuse_altering

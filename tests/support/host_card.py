@@ -314,7 +314,7 @@ def export_graphs(checkpoint: Path, sizes: Sequence[int | str | None], folder: P
     size = {"height": height, "width": width, "num_frames": frames}
     job, manifest = prepare(BuildOptions(checkpoint, backend="tensorrt-rtx", gpus="sm86", **size))  # type: ignore[arg-type]
     return {
-        (part.component, role): folder / graph.path
-        for part in job.parts(manifest)
-        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
+        (unit.component, role): folder / graph.path
+        for unit in job.units(manifest)
+        for role, graph in job._export(replace(unit, precision="fp16"), folder).graphs.items()
     }
