@@ -223,7 +223,7 @@ def test_a_build_of_it_is_outlined(toy: Path, backend: str, caplog: pytest.LogCa
     save_file({**tensors, "ema": np.ones(1, np.float32)}, toy / "vae" / "model.safetensors")
     plans = backend != "onnxruntime"
     options = BuildOptions(toy, backend=backend, gpus="sm86" if plans else None)
-    job = BuildJob(open_checkpoint(toy), options, "fp16", SHARD_BYTES)
+    job = BuildJob(source=open_checkpoint(toy), options=options, precision="fp16", shard_bytes=SHARD_BYTES)
     manifest = job.manifest()
     assert (manifest.model.family, manifest.defaults.num_inference_steps) == ("toy", 3)
     check_tokenizer(job.source, job.configs)  # as a build does first, which asks for the table
