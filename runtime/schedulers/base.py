@@ -89,8 +89,8 @@ class Scheduler(Generic[C]):
         """
         if not isinstance(config, Mapping):
             raise RequestError(f"from_config got a {type(config).__name__}; expected a mapping of settings")
-        known = {item.name for item in fields(cls.Config)}
-        own = {key: value for key, value in config.items() if key in known}
+        defaults = {item.name: item.default for item in fields(cls.Config)}
+        own = {key: value for key, value in config.items() if key in defaults and not _spells(value, defaults[key])}
         for key, words in cls.substitutes.items():
             if isinstance(own.get(key), str):
                 own[key] = words.get(own[key], own[key])
@@ -342,6 +342,11 @@ def _check_finite(**arrays: Float32) -> None:
                 else "nothing to step on"
             )
             raise RequestError(f"{name} of the step holds values that are not finite: {why}")
+
+
+def _spells(value: object, default: object) -> bool:
+    """Whether a saved value is how `settings` writes an infinite default, which JSON has no number for."""
+    return isinstance(value, str) and isinstance(default, float) and math.isinf(default) and value == str(default)
 
 
 def check_steps(num_inference_steps: int | None) -> int:
