@@ -185,7 +185,15 @@ class Scheduler(Generic[C]):
     # -- steps --
 
     def scale_model_input(self, sample: Array, timestep: float | None = None) -> Array:
-        """The sample as the model takes it: as it is, but for samplers over sigmas that let it grow with the noise."""
+        """The sample as the model takes it: as it is, but for samplers over sigmas that let it grow with the noise.
+
+        Args:
+            sample: float (B, C, …), the current sample; not changed.
+            timestep: the schedule's current timestep.
+
+        Returns:
+            The denoiser's input, in the dtype and shape of `sample`.
+        """
         return sample
 
     def step(
@@ -256,7 +264,7 @@ class Scheduler(Generic[C]):
 
         Args:
             original_samples: float (B, …).
-            noise: of that shape.
+            noise: float, of the shape of the samples.
             timesteps: (B,), of the schedule (samplers over sigmas) or of training (the others).
 
         Returns:

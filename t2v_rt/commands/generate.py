@@ -261,7 +261,7 @@ def repeated(video: str | Path, changes: Mapping[str, Any]) -> GenerateOptions:
         )
     if digest_name("latents") in recorded or (values["seed"] == [] and "seed" not in changes):
         raise RequestError(
-            f"{video} was made from noise of its own, which its metadata does not hold; give a new prompt"
+            f"{video} was made from given noise, which its metadata does not hold; it cannot be repeated"
         )
     if STEPS & changes.keys():
         values |= dict.fromkeys(STEPS)

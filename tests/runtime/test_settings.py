@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,16 +82,21 @@ def test_settings_come_back_whatever_they_are(pipe: TextToVideoPipeline) -> None
 
 
 def test_the_frames_come_back(pipe: TextToVideoPipeline) -> None:
-    options = {"guidance_scale": 3.0, "cfg_zero_star": True, "sigmas": [1.0, 0.6, 0.2], "num_videos_per_prompt": 2}
+    options: dict[str, Any] = {
+        "guidance_scale": 3.0,
+        "cfg_zero_star": True,
+        "sigmas": [1.0, 0.6, 0.2],
+        "num_videos_per_prompt": 2,
+    }
     saved = pipe.scheduler
     try:
         pipe.scheduler = get_scheduler("euler", saved.config, shift=3.0)
-        out = pipe(["a ball", "a cat"], seed=[4, 5, 6, 7], **options)  # type: ignore[arg-type]
+        out = pipe(["a ball", "a cat"], seed=[4, 5, 6, 7], **options)
         settings = through_json(dict(out.settings))
         pipe.scheduler = get_scheduler(settings["scheduler"]["_class_name"], settings["scheduler"])
         again = Request.from_settings(pipe.manifest, settings)
         values = {name: getattr(again, name) for name in ("height", "width", "num_frames", "sigmas")}
-        star = {"guidance_scale": again.guidance.scale, "cfg_zero_star": again.guidance.cfg_zero_star}
+        star: dict[str, Any] = {"guidance_scale": again.guidance.scale, "cfg_zero_star": again.guidance.cfg_zero_star}
         second = pipe(again.prompts, seed=again.seeds, num_videos_per_prompt=2, **values, **star)
     finally:
         pipe.scheduler = saved
@@ -158,8 +164,9 @@ def test_samplers_come_back_from_their_settings(pipe: TextToVideoPipeline) -> No
 
 
 def test_a_misspelt_option_is_refused_where_it_is_given(pipe: TextToVideoPipeline) -> None:
-    for call in (pipe.stream, pipe, pipe.generate):
+    calls: tuple[Callable[..., Any], ...] = (pipe.stream, pipe, pipe.generate)
+    for call in calls:
         with pytest.raises(TypeError, match=r"unexpected keyword argument 'guidence_scale'") as refusal:
-            call("a ball", guidence_scale=3.0)  # type: ignore[operator]
+            call("a ball", guidence_scale=3.0)
         assert "\n" not in str(refusal.value)
-        assert refusal.traceback[-1].path.name == "test_settings.py"
+        assert Path(refusal.traceback[-1].path).name == "test_settings.py"
