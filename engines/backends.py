@@ -56,8 +56,8 @@ def get_backend(name: str, *, provider: str = "cpu", threads: int | None = None)
 
     Args:
         name: `onnxruntime`.
-        provider: of ONNX Runtime: `cpu` or `cuda`.
-        threads: per engine on the CPU; None for as many as there are cores.
+        provider: provider of ONNX Runtime: `cpu` or `cuda`.
+        threads: threads of each engine on the CPU; None for as many as there are cores.
 
     Raises:
         BackendError: unknown, not installed, or not usable on this machine.
@@ -82,8 +82,8 @@ def backend_of(
     Args:
         bundle: the opened bundle.
         name: must be the bundle's own; None takes that one.
-        provider: of ONNX Runtime: `cpu` or `cuda`.
-        threads: per engine on the CPU; None for as many as there are cores.
+        provider: provider of ONNX Runtime: `cpu` or `cuda`.
+        threads: threads of each engine on the CPU; None for as many as there are cores.
         trust: whether plans may be run that were not built on this machine by this user.
 
     Raises:

@@ -180,7 +180,7 @@ class Component(ABC):
         Args:
             count: number of states.
             height: rows of what the engines are fed: latents, or the features of a tile.
-            width: columns likewise.
+            width: columns of what the engines are fed.
             part: for the engines whose role begins with it, such as `head` or `tail`; for all by default.
             resident: how many of them have a place on the device at a time. The others are parked in host memory; a
                 call with a parked one saves the one that was used longest ago and brings it in. None for all.

@@ -47,7 +47,7 @@ def found_instead(file: Path) -> str | None:
 
 
 def text_instead(file: Path) -> str | None:
-    """Likewise of a file that should not be a text, and is one: what a server answers in place of a file."""
+    """What was found in the place of a file that should be no text: a text, such as a server answers."""
     with file.open("rb") as stream:
         head = stream.read(HEAD)
     try:
@@ -58,7 +58,7 @@ def text_instead(file: Path) -> str | None:
 
 
 def absent(file: Path) -> str:
-    """Likewise of what is no regular file."""
+    """What was found in the place of a regular file."""
     if file.is_symlink() and not file.exists():
         return f"is a link to {file.readlink()}, which is not there; download the file again"
     return "is missing" if not file.exists() else "is not a file"

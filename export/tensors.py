@@ -83,15 +83,15 @@ class CheckpointWeights:
         """Copies one tensor's values into a raw file of their own, piece by piece.
 
         Args:
-            name: as for `read`.
-            shape: as for `read`.
+            name: name of the tensor in the checkpoint.
+            shape: shape that it must have.
             path: the file to create.
 
         Returns:
             The dtype written, the checkpoint's own but for float64: `float32`, `float16` or `bfloat16`.
 
         Raises:
-            CheckpointError: as for `read`.
+            CheckpointError: the tensor is missing, of another shape, or cannot be read.
         """
         stored = self.check(name, shape)
         left, label = stored.nbytes, _label(stored, name)

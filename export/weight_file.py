@@ -77,7 +77,7 @@ class WeightFile:
             source: the checkpoint's tensors.
             shape: in the checkpoint (outputs, inputs), checked.
             scheme: of its parts.
-            scale_dtype: of DequantizeLinear's scales, as for `add`.
+            scale_dtype: of DequantizeLinear's scales.
         """
         outline, label = scheme.outline(shape[1], shape[0], scale_dtype), source.label(name)
         for part, values in scheme.split(source.read(name, shape)).items():
@@ -130,7 +130,7 @@ class WeightSizes(WeightFile):
     def add_quantized(
         self, name: str, source: CheckpointWeights, shape: tuple[int, int], scheme: Quantization, scale_dtype: str
     ) -> None:
-        """Notes the parts of a matrix likewise."""
+        """Notes the sizes of the parts of a matrix."""
         source.check(name, shape)
         for part, (dtype, stored) in scheme.outline(shape[1], shape[0], scale_dtype).items():
             length = prod(stored) // 2 if dtype == "int4" else prod(stored) * STORED_BYTES[dtype]

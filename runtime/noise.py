@@ -87,7 +87,8 @@ class Generator:
         """Draws standard normal deviates.
 
         Args:
-            shape: of the result, NumPy's integers allowed; () gives one value. Successive calls continue the stream.
+            shape: shape of the result, NumPy's integers allowed; () gives one value. Successive calls continue the
+                stream.
             dtype: float32, or float16 or float64 as a cast of the float32 values.
 
         Returns:

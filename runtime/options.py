@@ -36,7 +36,7 @@ SAME = (
     *("guidance_scale", "guidance_rescale", "guidance_interval", "cfg_zero_star", "zero_init_steps", "guidance_batch"),
     "step_cache",
 )
-EMBEDS = ("prompt_embeds", "negative_prompt_embeds")  # arrays, of which settings hold hashes
+ARRAYS = ("prompt_embeds", "negative_prompt_embeds", "latents")  # of which settings hold hashes
 SCHEDULER, COPIES = "scheduler", "num_videos_per_prompt"
 
 
@@ -53,7 +53,7 @@ class BackendOptions:
     """Where engines run.
 
     Args:
-        backend: backend that the bundle was built for; another one is refused, and none need be named.
+        backend: must be the backend that the bundle was built for, which is taken where none is named.
         provider: provider of ONNX Runtime: `cpu` or `cuda`.
         threads: threads of each engine on the CPU; all cores where it is left out, and never more than this process may
             use.
@@ -187,19 +187,22 @@ def call_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         RequestError: a setting is missing, or is not known to this version, which could then not repeat it.
     """
     missing = [name for name in (*SAME, SCHEDULER) if name not in settings]
-    known = {*SAME, SCHEDULER, COPIES, *(digest_name(name) for name in EMBEDS)}
+    known = {*SAME, SCHEDULER, COPIES, *(digest_name(name) for name in ARRAYS)}
     unknown = sorted(set(settings) - known)
     if missing or unknown:
         found = f"no {missing[0]}" if missing else f"{unknown[0]!r}, which this version does not know"
         raise RequestError(f"the settings have {found}; expected all that a video of t2v-rt is made from")
+    scheduler = settings[SCHEDULER]
+    if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("_class_name"), str):
+        raise RequestError(f"the settings have the scheduler {scheduler!r}; expected its class name and config")
     values = {name: settings[name] for name in SAME}
     if settings["timesteps"] is not None or settings["sigmas"] is not None:
         values["num_inference_steps"] = None  # the length of the list
     if settings["cfg_zero_star"] is False and settings["zero_init_steps"] == 0:
         values["zero_init_steps"] = None
-    for name in EMBEDS:
-        if digest_name(name) in settings:
-            values[name.removesuffix("_embeds")] = None
+    for name in ("prompt", "negative_prompt"):
+        if digest_name(f"{name}_embeds") in settings:
+            values[name] = None
     if COPIES in settings:
         values[COPIES] = settings[COPIES]
     return values

@@ -51,7 +51,7 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle: the opened bundle.
         backend: loads its engines.
         vram_budget: bytes the engines may take together; None for all that the device has of its own.
-        provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
+        provider: provider of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.

@@ -17,7 +17,7 @@ from t2v_rt.errors import RequestError, type_of
 from t2v_rt.runtime.denoise.guidance import Guidance
 from t2v_rt.runtime.diffusers_habits import advice
 from t2v_rt.runtime.noise import Generator, check_generators, randn_for
-from t2v_rt.runtime.options import COPIES, EMBEDS, SCHEDULER, CallOptions, Prompt, call_settings, digest_name
+from t2v_rt.runtime.options import ARRAYS, COPIES, SCHEDULER, CallOptions, Prompt, call_settings, digest_name
 from t2v_rt.runtime.schedulers.base import check_steps
 
 SEED_BITS = 32  # of a seed that is drawn because none was given
@@ -51,7 +51,7 @@ class Request:
 
     Args:
         prompts: one per video before `num_videos_per_prompt`; empty where embeddings are given.
-        negative_prompts: as many.
+        negative_prompts: one for each prompt; empty where embeddings are given.
         height: in pixels.
         width: in pixels.
         num_frames: of the video.
@@ -105,11 +105,11 @@ class Request:
 
     def settings(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that determines the result, as plain JSON values."""
-        single = len(self.prompts) == 1
+        single, negatives = len(self.prompts) == 1, self.negative_prompts
         return {
             "prompt": self.prompts[0] if single else list(self.prompts),
-            "negative_prompt": self.negative_prompts[0] if single else list(self.negative_prompts),
-            **_digests(prompt_embeds=self.prompt_embeds, negative_prompt_embeds=self.negative_prompt_embeds),
+            "negative_prompt": negatives[0] if single and negatives else list(negatives),
+            **{digest_name(name): _digest(array) for name in ARRAYS if (array := getattr(self, name)) is not None},
             "seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
             "height": self.height,
             "width": self.width,
@@ -131,35 +131,33 @@ class Request:
         Args:
             manifest: what the bundle declares that the settings came from.
             settings: plain JSON values.
-            arrays: what the request was made from beside its settings, which hold hashes of embeddings only.
+            arrays: what the request was made from beside its settings, which hold hashes of arrays only.
 
         Returns:
             A request with the same settings; its frames come as float32 arrays.
 
         Raises:
-            RequestError: a setting is missing, unknown or invalid, or embeddings or noise that the request was made
-                from are missing or are other ones.
+            RequestError: a setting is missing, unknown or invalid, or arrays that the request was made from are missing
+                or are other ones.
         """
         values = call_settings(settings)
-        for name in EMBEDS:
-            array = getattr(arrays, name)
-            found = None if array is None else _digests(**{name: _floats(name, array, 3)})[digest_name(name)]
-            if found != (recorded := settings.get(digest_name(name))):
-                raise RequestError(f"{name} has the sha256 {found}, the settings say {recorded}; give the same arrays")
         if values["seed"] == [] and arrays.generator is None and arrays.latents is None:
-            raise RequestError("the settings have no seed: a generator or latents were given; give the same ones")
+            raise RequestError("the settings have no seed: a generator was given; give one in the same state")
         if values["seed"] == []:
             values["seed"] = None
-        return make_request(manifest, CallOptions(**values), arrays)
+        request = make_request(manifest, CallOptions(**values), arrays)
+        found = request.settings(settings[SCHEDULER])
+        for name in map(digest_name, ARRAYS):
+            if found.get(name) != settings.get(name):
+                raise RequestError(
+                    f"{name} is {found.get(name)}, the settings say {settings.get(name)}; give the same array, or none"
+                )
+        return request
 
 
-def _digests(**arrays: Array | None) -> dict[str, str]:
-    """What stands for arrays that were given."""
-    return {
-        digest_name(name): hashlib.sha256(array.tobytes()).hexdigest()
-        for name, array in arrays.items()
-        if array is not None
-    }
+def _digest(array: Array) -> str:
+    """What stands for an array that was given."""
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def make_request(manifest: Manifest, options: CallOptions, arrays: CallArrays = NO_ARRAYS) -> Request:

@@ -71,18 +71,18 @@ def texts_of(cls: type) -> dict[str, str]:
     return {name: " ".join(entry.split()).partition(": ")[2] for name, entry in entries.items()}
 
 
-def documented_by(*classes: type) -> Callable[[F], F]:
-    """Fills in the texts of arguments that are options; the function's docstring has those of the others.
+def documented_by(*sources: object) -> Callable[[F], F]:
+    """Fills in the texts of arguments that are described elsewhere; the function's docstring has the rest.
 
     Args:
-        classes: whose options they are.
+        sources: dataclasses of options, or functions, that describe arguments of the same names.
     """
 
     def fill(function: F) -> F:
         if function.__doc__ is None:  # python -OO
             return function
         text = inspect.cleandoc(function.__doc__)
-        entries = {**{k: v for cls in classes for k, v in _entries(cls.__doc__).items()}, **_entries(text)}
+        entries = {**{k: v for source in sources for k, v in _entries(source.__doc__).items()}, **_entries(text)}
         named = [entries[name] for name in inspect.signature(function).parameters if name in entries]
         lines = "".join(entry if entry.endswith("\n") else f"{entry}\n" for entry in named)
         place = SECTION if SECTION.search(text) else NEXT

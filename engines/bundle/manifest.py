@@ -28,7 +28,7 @@ class GraphSpec:
     Args:
         path: of an ONNX graph, or of a plan that was built ahead of time.
         inputs: that are fed, states apart.
-        outputs: likewise.
+        outputs: specs of the outputs, in their order.
         states: that stay on the device.
         plan: what is known of a plan, None for a graph.
         weights_bytes: bytes of the weights it reads, whether others read them too or not.

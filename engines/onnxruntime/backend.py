@@ -49,7 +49,7 @@ class OrtState(EngineState):
 
     Args:
         current: name -> buffer.
-        spare: likewise, of the states that are written; states that are used one after another share one.
+        spare: name -> buffer of the states that are written; states that are used one after another share one.
         sizes: what the buffers were made for.
     """
 

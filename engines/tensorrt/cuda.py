@@ -69,7 +69,7 @@ def explain_no_device(code: int, driver: int, runtime: int) -> str:
     Args:
         code: what counting the GPUs gave.
         driver: CUDA version of the driver, as 13050 for 13.5; 0 where there is no driver.
-        runtime: CUDA version of cuda-bindings, likewise.
+        runtime: CUDA version of cuda-bindings, as 13050 for 13.5.
     """
     if driver == 0:
         return "no NVIDIA driver is installed; run this on a machine with a GPU, or build the bundle for onnxruntime"

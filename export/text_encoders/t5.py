@@ -113,7 +113,7 @@ def write_blocks(g: GraphWriter, config: TextEncoderConfig, blocks: range) -> No
 
     Args:
         g: takes the graph: hidden states (B, L, D), of the first blocks rows of the embedding, and buckets (L, L) in;
-            hidden states out or, of the last blocks, prompt embeddings, likewise (B, L, D).
+            hidden states out or, of the last blocks, prompt embeddings (B, L, D).
         config: of the encoder.
         blocks: their indices.
     """

@@ -154,7 +154,7 @@ class VaeDecoderGraph:
         return self.states
 
     def write_tail(self) -> list[StateSpec]:
-        """Writes one frame's features -> the frame, of the whole or of a tile; returns its states likewise."""
+        """Writes one frame's features -> the frame, of the whole or of a tile; returns the states that it keeps."""
         g, config = self.g, self.config
         width, scale = config.widths[config.head_levels], 1
         x = g.input(TensorSpec("features", g.compute_dtype, (1, width, "height", "width")))

@@ -90,7 +90,7 @@ class MemoryPlan:
 
     @property
     def host_bytes(self) -> int:
-        """Likewise, with the results: what an engine on the CPU needs of the machine's memory."""
+        """What engines on the CPU need of the machine's memory: the largest stage's, with reserve and results."""
         held = {"decode": self.results_bytes}
         return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.stages)
 

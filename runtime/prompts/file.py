@@ -23,10 +23,10 @@ class PromptEmbeds:
     """A prompt and a negative prompt, encoded.
 
     Args:
-        prompt: its text.
-        negative_prompt: likewise.
+        prompt: text of the prompt.
+        negative_prompt: text of the negative prompt.
         prompt_embeds: float32 (1, L, D), padded with zeros.
-        negative_prompt_embeds: likewise.
+        negative_prompt_embeds: float32 (1, L, D), padded with zeros.
     """
 
     prompt: str

@@ -144,7 +144,16 @@ def get_scheduler(name: str, config: Mapping[str, Any] | None = None, **override
 
 
 def scheduler_class(name: str, config: Mapping[str, Any] | None = None) -> type[Scheduler[Any]]:
-    """The class that `get_scheduler` takes for a name; raises RequestError where the name is unknown."""
+    """The class that `get_scheduler` takes for a name.
+
+    Args:
+        name: short name such as `unipc`, or class name.
+        config: saved config of the model's scheduler; for a name that means another class for a flow model than for a
+            noise-predicting one, it decides.
+
+    Raises:
+        RequestError: the name is unknown.
+    """
     return _find(name, config or {})[0]
 
 

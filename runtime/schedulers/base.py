@@ -89,8 +89,8 @@ class Scheduler(Generic[C]):
         """
         if not isinstance(config, Mapping):
             raise RequestError(f"from_config got a {type(config).__name__}; expected a mapping of settings")
-        known = {item.name for item in fields(cls.Config)}
-        own = {key: value for key, value in config.items() if key in known}
+        defaults = {item.name: item.default for item in fields(cls.Config)}
+        own = {key: value for key, value in config.items() if key in defaults and not _spells(value, defaults[key])}
         for key, words in cls.substitutes.items():
             if isinstance(own.get(key), str):
                 own[key] = words.get(own[key], own[key])
@@ -185,7 +185,15 @@ class Scheduler(Generic[C]):
     # -- steps --
 
     def scale_model_input(self, sample: Array, timestep: float | None = None) -> Array:
-        """The sample as the model takes it: as it is, but for samplers over sigmas that let it grow with the noise."""
+        """The sample as the model takes it: as it is, but for samplers over sigmas that let it grow with the noise.
+
+        Args:
+            sample: float (B, C, …), the current sample; not changed.
+            timestep: the schedule's current timestep.
+
+        Returns:
+            The denoiser's input, in the dtype and shape of `sample`.
+        """
         return sample
 
     def step(
@@ -256,7 +264,7 @@ class Scheduler(Generic[C]):
 
         Args:
             original_samples: float (B, …).
-            noise: of that shape.
+            noise: float, of the shape of the samples.
             timesteps: (B,), of the schedule (samplers over sigmas) or of training (the others).
 
         Returns:
@@ -342,6 +350,11 @@ def _check_finite(**arrays: Float32) -> None:
                 else "nothing to step on"
             )
             raise RequestError(f"{name} of the step holds values that are not finite: {why}")
+
+
+def _spells(value: object, default: object) -> bool:
+    """Whether a saved value is how `settings` writes an infinite default, which JSON has no number for."""
+    return isinstance(value, str) and isinstance(default, float) and math.isinf(default) and value == str(default)
 
 
 def check_steps(num_inference_steps: int | None) -> int:

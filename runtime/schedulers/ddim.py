@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.options import documented_by
 from t2v_rt.runtime.schedulers.alpha import AlphaScheduler, BetaConfig, Spacing
 from t2v_rt.runtime.schedulers.base import Array, Draw, Generators, SchedulerOutput
 from t2v_rt.runtime.schedulers.blockwise import blockwise
@@ -39,6 +40,7 @@ class DDIMScheduler(AlphaScheduler[DDIMConfig]):
     takes_eta = True
     stateless = True
 
+    @documented_by(AlphaScheduler.step)
     def step(
         self,
         model_output: Array,
@@ -50,16 +52,17 @@ class DDIMScheduler(AlphaScheduler[DDIMConfig]):
         variance_noise: Array | None = None,
         use_clipped_model_output: bool = False,
     ) -> SchedulerOutput:
-        """Advances the sample by one step; see `Scheduler.step`.
+        """Advances the sample by one step of the schedule.
 
         Args:
-            model_output: as there.
-            timestep: as there.
-            sample: as there.
-            generator: as there.
-            eta: the noise's share of DDPM's.
-            variance_noise: as there.
+            eta: share of DDPM's noise that is added, 0 to 1.
             use_clipped_model_output: derives epsilon from the clipped x0 again (GLIDE).
+
+        Returns:
+            The next sample, in the dtype of `sample`.
+
+        Raises:
+            RequestError: `set_timesteps` was not called, all steps are made, or an argument does not fit.
         """
         advance = partial(self._towards, use_clipped_model_output)
         return self._make_step(advance, model_output, timestep, sample, generator, eta, variance_noise)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
+from t2v_rt.options import documented_by
 from t2v_rt.runtime.schedulers.alpha import BetaConfig
 from t2v_rt.runtime.schedulers.base import Array, Draw, Generators, SchedulerOutput
 from t2v_rt.runtime.schedulers.blockwise import blockwise
@@ -91,6 +92,7 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         last = levels[0] if config.final_sigmas_type == "sigma_min" else 0.0
         return np.append(between, last).astype(np.float32), grid
 
+    @documented_by(SigmaScheduler.step)
     def step(
         self,
         model_output: Array,
@@ -105,19 +107,21 @@ class EulerDiscreteScheduler(SigmaScheduler[EulerDiscreteConfig]):
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
     ) -> SchedulerOutput:
-        """Advances the sample by one step; see `Scheduler.step`.
+        """Advances the sample by one step of the schedule.
 
         Args:
-            model_output: as there.
-            timestep: as there.
-            sample: as there.
-            generator: as there, used with `s_churn`.
-            eta: not a dial of this sampler.
-            variance_noise: as there.
+            generator: source of the noise that `s_churn` adds; a list has one for each video.
+            eta: 0; this sampler has no such dial.
             s_churn: how much noise is added before each step, over all steps.
             s_tmin: smallest sigma at which noise is added.
-            s_tmax: largest one.
+            s_tmax: largest sigma at which noise is added.
             s_noise: standard deviation of the added noise.
+
+        Returns:
+            The next sample, in the dtype of `sample`.
+
+        Raises:
+            RequestError: `set_timesteps` was not called, all steps are made, or an argument does not fit.
         """
         dials: list[float] = []
         for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_tmax", s_tmax), ("s_noise", s_noise)):

@@ -118,5 +118,17 @@ class FlowMatchEulerDiscreteScheduler(Scheduler[FlowMatchEulerConfig]):
         return 1 - self.sigmas[i], self.sigmas[i]
 
     def scale_noise(self, sample: Array, timestep: Array, noise: Array) -> Array:
-        """`add_noise` under the name, and with the order of arguments, that this class has in diffusers."""
+        """Noises samples: `add_noise` under the name, and with the order of arguments, that diffusers' class has.
+
+        Args:
+            sample: float (B, …).
+            timestep: (B,), timesteps of the schedule, one for each sample of the batch.
+            noise: float, of the shape of `sample`.
+
+        Returns:
+            The noisy samples, in the dtype of `sample`.
+
+        Raises:
+            RequestError: an unknown timestep, or shapes that differ.
+        """
         return self.add_noise(sample, noise, timestep)

@@ -33,7 +33,7 @@ def data_prediction(kind: str, m: Float32, x: Float32, alpha: Any, sigma: Any) -
 
 
 def noise_prediction(kind: str, m: Float32, x: Float32, alpha: Any, sigma: Any) -> Float32:
-    """epsilon likewise; a flow is not taken here."""
+    """epsilon of a prediction; a flow is not taken here."""
     a, s = np.float32(alpha), np.float32(sigma)
     formulas: dict[str, Callable[[Float32, Float32], Any]] = {
         "epsilon": lambda x, m: m,

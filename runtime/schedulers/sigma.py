@@ -75,7 +75,18 @@ class SigmaScheduler(Scheduler[C]):
         return float(np.sqrt(highest * highest + 1) if leading else highest)
 
     def scale_model_input(self, sample: Array, timestep: float | None = None) -> Array:
-        """The sample over sqrt(sigma^2 + 1), which has the variance of the training data."""
+        """The sample over sqrt(sigma^2 + 1), which has the variance of the training data.
+
+        Args:
+            sample: float (B, C, …), the current sample; not changed.
+            timestep: the schedule's current timestep; None for the current step's.
+
+        Returns:
+            The denoiser's input, in the dtype and shape of `sample`.
+
+        Raises:
+            RequestError: `set_timesteps` was not called, or the timestep is not the schedule's.
+        """
         sigma = self.sigmas[self._locate(timestep)]
         scale = np.sqrt(sigma * sigma + 1)
         scaled = blockwise(lambda x: x / scale, self._checked("sample", sample))

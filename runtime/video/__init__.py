@@ -109,11 +109,11 @@ def open_writer(
     stays as it was.
 
     Args:
-        path: as `check_output` takes it.
+        path: a file of a known extension, or a folder (no extension, .png, or a trailing separator) for single images.
         fps: frames per second.
         width: in pixels, even for mp4 and webm.
-        height: likewise.
-        num_frames: that will be written.
+        height: in pixels, even for mp4 and webm.
+        num_frames: how many frames will be written.
         metadata: plain JSON values that are kept with the video (`read_metadata`); its `prompt` is the title as well.
 
     Returns:
@@ -140,7 +140,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Reads back what `open_writer` was given as metadata.
 
     Args:
-        path: of the video, in any format.
+        path: the video, in any format.
 
     Returns:
         The metadata.

@@ -105,7 +105,7 @@ def make_filters(codec: Codec, width: int, height: int, time_base: Fraction) -> 
     Args:
         codec: whose pixel format is wanted.
         width: in pixels.
-        height: likewise.
+        height: in pixels.
         time_base: seconds per frame.
 
     Returns:

@@ -66,7 +66,7 @@ def write_png(path: str | Path, image: Frame) -> None:
     """Writes an image; the file is there whole or not at all.
 
     Args:
-        path: of the file, ending in .png; an older one is replaced.
+        path: name of the file, ending in .png; an older one is replaced.
         image: uint8 (H, W, 3), RGB.
 
     Raises:

@@ -51,7 +51,13 @@ class BuildOptions:
         RequestError: a setting is invalid by itself.
     """
 
-    checkpoint: str | Path | None = option(None, positional=True, metavar="CHECKPOINT")
+    checkpoint: str | Path | None = option(
+        None,
+        positional=True,
+        metavar="CHECKPOINT",
+        help="folder in diffusers layout, owner/name on the Hugging Face hub, or folder with a single safetensors file "
+        "for each network; left out where --transformer, --vae, --text-encoder and --tokenizer name everything",
+    )
     _: KW_ONLY
     files: Mapping[str, str | Path] | None = None  # on the command line, an option for each
     revision: str | None = option(None, metavar="NAME")

@@ -24,7 +24,7 @@ from t2v_rt.numbers import as_number
 from t2v_rt.options import option
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
 from t2v_rt.runtime.frames import to_uint8
-from t2v_rt.runtime.options import BackendOptions, CallOptions, call_settings
+from t2v_rt.runtime.options import BackendOptions, CallOptions, call_settings, digest_name
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.prompts.file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.prompts.tokenizer import check_text
@@ -72,7 +72,7 @@ class GenerateOptions(CallOptions, BackendOptions):
         contact_sheet: png file that all frames are written to as well, side by side.
         preview: png file that is written anew after each step.
         save_latents: .npz file that keeps what was sampled; without an output, the work stops there.
-        from_latents: file that an earlier save_latents wrote, which is decoded instead of a prompt.
+        from_latents: .npz file that `t2v-rt generate --save-latents` wrote; it is decoded, and no prompt is given.
         scheduler_config: saved config of the sampler, instead of the bundle's.
         bundle_id: id of the only bundle that will do; any where it is left out.
 
@@ -247,14 +247,22 @@ def repeated(video: str | Path, changes: Mapping[str, Any]) -> GenerateOptions:
     try:
         own = {name: recorded[name] for name in FILE_SETTINGS}
         values = call_settings({name: recorded[name] for name in recorded.keys() - own.keys()})
+        CallOptions(**values)  # refuses what is no setting, before others take its place
     except KeyError as exc:
         raise RequestError(f"{video}: its metadata has no {exc.args[0]}; expected a video of t2v-rt generate") from exc
     except RequestError as exc:
         raise RequestError(f"{video}: {exc}") from exc
     if changes.get("prompt_embeds") is not None:
         values |= {"prompt": None, "negative_prompt": None}
-    elif values["prompt"] is None and changes.get("prompt") is None:
-        raise RequestError(f"{video} was made from prompt embeddings; give the same --prompt-embeds FILE, or a PROMPT")
+    elif {"prompt", "negative_prompt"} & {name for name in values.keys() - changes.keys() if values[name] is None}:
+        raise RequestError(
+            f"{video} was made from prompt embeddings; give the same --prompt-embeds FILE, or PROMPT and "
+            "--negative-prompt"
+        )
+    if digest_name("latents") in recorded or (values["seed"] == [] and "seed" not in changes):
+        raise RequestError(
+            f"{video} was made from given noise, which its metadata does not hold; it cannot be repeated"
+        )
     if STEPS & changes.keys():
         values |= dict.fromkeys(STEPS)
     return GenerateOptions(**{**values, **own, "scheduler_config": recorded["scheduler"], **changes})

@@ -34,7 +34,7 @@ def declare_options(parser: argparse.ArgumentParser, cls: type) -> None:
         else:
             names = [option.flag or "--" + field.name.replace("_", "-")]
             settings |= {"dest": field.name, "required": required}
-        text = option.help or texts.get(field.name, "").replace("`", "")
+        text = option.help or texts.get(field.name, "").replace("`", "").removesuffix(".")
         if isinstance(field.default, str):
             text += f" (default: {field.default})"
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)

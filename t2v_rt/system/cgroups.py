@@ -24,7 +24,7 @@ def memory_room(root: Path = MOUNTED, own: Path = OWN) -> int | None:
 
 
 def processor_quota(root: Path = MOUNTED, own: Path = OWN) -> float | None:
-    """Processors' worth of time that this process's groups allow, or None without a limit; arguments as above."""
+    """Processors' worth of time that this process's groups allow, or None without a limit."""
     read = {1: _quota_of_version_1, 2: _quota_of_version_2}
     quotas = (read[version](group) for version, group in _groups(root, own, "cpu"))
     return min((quota for quota in quotas if quota is not None), default=None)
