@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.marks import Absent, needs_reference
+from tests.support.marks import Absent, needs_reference
 
 TESTS = Path(__file__).resolve().parent
 
@@ -17,8 +17,8 @@ TESTS = Path(__file__).resolve().parent
         ("import torch", True),
         ("import numpy, transformers.models", True),
         ("from diffusers.utils import logging", True),
-        ("from tests import differential", True),  # which imports diffusers
-        ("from tests.differential import run", True),
+        ("from tests.support import differential", True),  # which imports diffusers
+        ("from tests.support.differential import run", True),
         ("from train import load_state", True),  # of the demo
         ("def later():\n    import torch", False),
         ("if TYPE_CHECKING:\n    import torch", False),
@@ -32,8 +32,8 @@ def test_imports_tell(tmp_path: Path, text: str, needs: bool) -> None:
 
 
 def test_files_of_both_kinds() -> None:
-    assert needs_reference(TESTS / "test_parity.py")
-    assert not needs_reference(TESTS / "test_pipeline.py")
+    assert needs_reference(TESTS / "runtime/test_parity.py")
+    assert not needs_reference(TESTS / "runtime/test_pipeline.py")
     assert not needs_reference(TESTS / "conftest.py")
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component
 from t2v_rt.runtime.cancel import check_cancelled
+from t2v_rt.runtime.denoise.guidance import Guidance
 from t2v_rt.runtime.families import TextRule
 
 Array = NDArray[np.float32]
@@ -26,7 +27,7 @@ class Prompts:
 
     Args:
         embeds: float32 (B, L, D).
-        negative_embeds: likewise, or None without guidance.
+        negative_embeds: float32 (B, L, D), or None without guidance.
     """
 
     embeds: Array
@@ -114,6 +115,22 @@ class Denoiser:
         }
         prediction: Array = self._engine.infer(feeds)["noise_pred"]
         return prediction
+
+
+def guidance_batches(guidance: Guidance, asked: bool | None, where: str, tokens: int) -> tuple[bool, ...]:
+    """Whether both predictions of a step may be made in one batch, the better way first.
+
+    Args:
+        guidance: that needs them.
+        asked: what the caller chose, or None.
+        where: the denoiser runs: `card`, or ONNX Runtime's provider.
+        tokens: of one prediction.
+    """
+    if not guidance.needs_negative:
+        return (False,)
+    if asked is not None:
+        return (asked,)
+    return (True, False) if one_batch_is_faster(where, tokens) else (False,)
 
 
 def one_batch_is_faster(provider: str, tokens: int) -> bool:

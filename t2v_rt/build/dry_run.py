@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2v_rt.build import BuildRequest
+from t2v_rt.build import prepare
 from t2v_rt.build.needs import estimate_needs
-from t2v_rt.commands.plan import describe as describe_plan
-from t2v_rt.commands.plan import plan_request
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
+from t2v_rt.runtime.memory.advice import plan_request
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.system.files import free_disk_bytes
 from t2v_rt.system.resources import available_memory_bytes
 
@@ -20,24 +21,22 @@ if TYPE_CHECKING:
     from t2v_rt.build.job import BuildJob
     from t2v_rt.build.units import Unit
 
-GB = 1e9
 
-
-def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str, Any]:
+def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str, Any]:
     """Estimates a build; nothing is downloaded or written.
 
     Args:
-        request: as for a build.
+        options: what is asked of the build.
         output: folder that the bundle would be written to, for the free disk; None for the current folder.
 
     Returns:
-        What `plan` returns for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the build) and
-        `free_disk_bytes`, `available_memory_bytes`.
+        What the command `plan` reports for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the
+        build) and `free_disk_bytes`, `available_memory_bytes`.
 
     Raises:
-        InputError: as `build_engines`.
+        InputError: the checkpoint or an option cannot be used; `build_engines` tells the kinds.
     """
-    job, manifest = replace(request, estimate=True).prepare()
+    job, manifest = prepare(options, estimate=True)
     units = job.units(manifest)
     outline = job.outline(units)
     specs = [_with_plans(job, unit, spec) for unit, spec in zip(units, outline, strict=True)]
@@ -45,7 +44,8 @@ def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str
         name: ComponentSpec.joined([spec for unit, spec in zip(units, specs, strict=True) if unit.component == name])
         for name in dict.fromkeys(unit.component for unit in units)
     }
-    report = plan_request(manifest.with_components(components), vram_budget=request.vram_budget)
+    whole = manifest.with_components(components)
+    report = plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
     needs = estimate_needs(job, outline)
     return {
         **report,
@@ -54,16 +54,6 @@ def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str
         "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
         "available_memory_bytes": available_memory_bytes(),
     }
-
-
-def describe(report: Mapping[str, Any]) -> list[str]:
-    """The estimate for a person."""
-    return [
-        "an estimate; nothing was built",
-        *describe_plan(report),
-        f"to build  {report['disk_bytes'] / GB:.3g} GB of disk, {report['free_disk_bytes'] / GB:.3g} are free; "
-        f"{report['memory_bytes'] / GB:.3g} GB of memory, {report['available_memory_bytes'] / GB:.3g} are available",
-    ]
 
 
 def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec:

@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
 from t2v_rt.build.work_folder import Work
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
-from t2v_rt.engines.bundle.profiles import Sizes, VideoProfile, parse_profiles
+from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
 from t2v_rt.engines.tensorrt.library import load_library
 from t2v_rt.errors import RequestError
 from t2v_rt.export import components
@@ -59,35 +60,39 @@ def code_files(makes_plans: bool) -> list[Path]:
     return files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildJob:
     """What is built from what.
 
     Args:
         source: the opened checkpoint.
-        backend: a known one.
-        precision: a known one.
-        targets: GPUs by name, or none.
+        options: what is asked for.
+        precision: that of the options, or the backend's own.
         shard_bytes: what an engine of the text encoder may take of a card.
-        with_text_encoder: whether it is in the bundle.
-        text_weights: `int8` or `int4` for its matrices, or empty.
     """
 
     source: Checkpoint
-    backend: str
+    options: BuildOptions
     precision: str
-    targets: tuple[str, ...]
     shard_bytes: int
-    with_text_encoder: bool = True
-    text_weights: str = ""
 
-    def __post_init__(self) -> None:
-        if self.text_weights:
-            Quantization(self.text_weights, "MatMulNBits")
-        if self.precision == "bf16" and "sm75" in self.targets:
-            raise RequestError(
-                "precision is 'bf16', which sm75 does not multiply; use fp16, or leave sm75 out of --gpu"
-            )
+    @property
+    def backend(self) -> str:
+        return self.options.backend
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """GPUs by name, or none."""
+        return self.options.targets
+
+    @property
+    def with_text_encoder(self) -> bool:
+        return self.options.with_text_encoder
+
+    @property
+    def text_weights(self) -> str:
+        """`int8` or `int4` for the text encoder's matrices, or empty."""
+        return self.options.text_encoder_weights or ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,9 +108,10 @@ class BuildJob:
     def makes_plans(self) -> bool:
         return self.backend != "onnxruntime"
 
-    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes], *, estimate: bool = False) -> Manifest:
+    def manifest(self, *, estimate: bool = False) -> Manifest:
         """The bundle's manifest but for its components and, of an estimate, its fingerprint."""
         defaults = read_defaults(self.source.configs.generation, self.source.family.defaults)
+        sizes = self.options.height, self.options.width, self.options.num_frames
         profiles = parse_profiles(*sizes, (defaults.height, defaults.width, defaults.num_frames))
         best = {name: ranges.opt for name, ranges in vars(profiles[0]).items()}
         if not self.makes_plans and (len(profiles) > 1 or not all(r.fixed for r in vars(profiles[0]).values())):
@@ -174,7 +180,6 @@ class BuildJob:
         """Makes the engines of a unit; returns its component spec as JSON."""
         if not self.makes_plans:
             return dict(to_plain(self._export(unit, work.bundle)))
-        from t2v_rt.commands.inspect import count_nodes
         from t2v_rt.engines.tensorrt.builder import PlanBuilder
 
         spec = self._export(unit, work.scratch)

@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import T2VError
-from t2v_rt.runtime.decode.tiles import parse_grid
-from t2v_rt.runtime.memory.advice import advise, largest_fitting
-from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
-from t2v_rt.runtime.request import make_request
+from t2v_rt.options import documented_by, option
+from t2v_rt.runtime.memory.advice import plan_request
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.system.files import replacing
-from t2v_rt.system.outputs import check_file
+from t2v_rt.system.outputs import check_apart, check_file
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
 GB = 1e9
 LEFT, BAR, GAP, WIDTH = 80, 34, 18, 640  # of the picture
 
 
+EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of the command.
+
+    Args:
+        bundle: folder that build-engines wrote.
+        height: height of the video in pixels; the bundle's default where it is left out.
+        width: width of the video in pixels; the bundle's default where it is left out.
+        num_frames: frames of the video; the bundle's default where it is left out.
+        vram_budget: memory of the card, such as `8GiB`.
+        vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
+        picture: svg file that the plan is drawn into as well.
+    """
+
+    bundle: str = option(positional=True, metavar="BUNDLE")
+    height: int | None = option(None, read=int, metavar="PIXELS")
+    width: int | None = option(None, read=int, metavar="PIXELS")
+    num_frames: int | None = option(None, read=int, metavar="COUNT")
+    vram_budget: str | int | None = option(None, metavar="SIZE")
+    vae_tiles: str | None = option(None, metavar="RxC")
+    picture: str | None = option(None, metavar="FILE")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.epilog = EXAMPLE
+    declare_options(parser, PlanOptions)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Plans the request, and draws the plan where that is asked for; returns the report."""
+    options = PlanOptions(**given_options(PlanOptions, parsed))
+    if options.picture is not None:
+        check_apart({"--picture": check_picture(options.picture)}, {"BUNDLE": options.bundle})
+    report = plan(
+        options.bundle,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        vram_budget=options.vram_budget,
+        vae_tiles=options.vae_tiles,
+    )
+    if options.picture is not None:
+        write_picture(report, options.picture)
+    return report
+
+
+@documented_by(PlanOptions)
 def plan(
     folder: str | Path,
     *,
@@ -34,12 +86,7 @@ def plan(
     """Plans a request.
 
     Args:
-        folder: of the bundle.
-        height: in pixels; the bundle's default where it is left out.
-        width: likewise.
-        num_frames: likewise.
-        vram_budget: memory of the card, bytes or text such as `8GiB`.
-        vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
+        folder: folder of the bundle.
 
     Returns:
         `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
@@ -51,39 +98,11 @@ def plan(
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
     """
     manifest = open_bundle(folder).manifest
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     return {
         "bundle_id": manifest.bundle_id,
-        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles),
+        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles),
     }
-
-
-def plan_request(
-    manifest: Manifest,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    vram_budget: str | int | None = None,
-    vae_tiles: str | None = None,
-) -> dict[str, Any]:
-    """Plans a request of a bundle that is known by its manifest alone; see `plan`."""
-    request = make_request(manifest, prompt="", seed=0, height=height, width=width, num_frames=num_frames)
-    budget = None if vram_budget is None else parse_bytes(vram_budget)
-    grid = None if vae_tiles is None else parse_grid(vae_tiles)
-    size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
-    report = {
-        "backend": manifest.backend,
-        "height": size[0],
-        "width": size[1],
-        "num_frames": size[2],
-        **to_json(made),
-    }
-    if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
-        report["advice"] = advise(manifest, best)
-    return report
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

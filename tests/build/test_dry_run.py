@@ -11,8 +11,8 @@ from t2v_rt import CheckpointError, build_engines
 from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
 from t2v_rt.benchmarks.plan_contexts import CHANGES
 from t2v_rt.benchmarks.wan_tensors import CONFIGS
-from t2v_rt.build import BuildRequest
 from t2v_rt.build.dry_run import dry_run
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.cli import main
 from t2v_rt.commands.plan import plan
 from t2v_rt.engines.bundle.profiles import Range
@@ -41,7 +41,7 @@ def test_the_rules_meet_what_builders_told() -> None:
 
 
 def test_graphs_plan_as_they_will(narrow: Tiny) -> None:
-    report = dry_run(BuildRequest(narrow.checkpoint))
+    report = dry_run(BuildOptions(narrow.checkpoint))
     built = plan(narrow.bundle)
     for key in ("peak_bytes", "stages", "vae_tiles", "height", "width", "num_frames", "backend"):
         assert report[key] == built[key]
@@ -53,7 +53,7 @@ def test_graphs_plan_as_they_will(narrow: Tiny) -> None:
 @pytest.mark.slow  # builds plans
 def test_plans_are_near(narrow: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    report = dry_run(BuildRequest(narrow.checkpoint, backend="tensorrt-rtx"), tmp_path / "b")
+    report = dry_run(BuildOptions(narrow.checkpoint, backend="tensorrt-rtx"), tmp_path / "b")
     assert not list(tmp_path.iterdir())
     build_engines(narrow.checkpoint, tmp_path / "b", backend="tensorrt-rtx")
     built = plan(tmp_path / "b")
@@ -88,4 +88,4 @@ def test_bad_input(narrow: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         CheckpointError, match="nothing is downloaded for an estimate, and it is not in the hub's cache"
     ):
-        dry_run(BuildRequest("some-owner/never-downloaded"))
+        dry_run(BuildOptions("some-owner/never-downloaded"))

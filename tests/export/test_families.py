@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from t2v_rt import CheckpointError
 from t2v_rt.build.job import BuildJob
 from t2v_rt.build.needs import estimate_needs
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import Defaults, TileSpec
 from t2v_rt.engines.bundle.model import DecodeSchedule, LatentSpec, ModelSpec, TextSpec
@@ -221,8 +222,9 @@ def test_a_build_of_it_is_outlined(toy: Path, backend: str, caplog: pytest.LogCa
     tensors = {"layer.weight": np.ones((DIM, DIM), np.float32), "encoder.x": np.ones(1, np.float32)}
     save_file({**tensors, "ema": np.ones(1, np.float32)}, toy / "vae" / "model.safetensors")
     plans = backend != "onnxruntime"
-    job = BuildJob(open_checkpoint(toy), backend, "fp16", ("sm86",) if plans else (), SHARD_BYTES)
-    manifest = job.manifest((None, None, None))
+    options = BuildOptions(toy, backend=backend, gpus="sm86" if plans else None)
+    job = BuildJob(source=open_checkpoint(toy), options=options, precision="fp16", shard_bytes=SHARD_BYTES)
+    manifest = job.manifest()
     assert (manifest.model.family, manifest.defaults.num_inference_steps) == ("toy", 3)
     check_tokenizer(job.source, job.configs)  # as a build does first, which asks for the table
     units = job.units(manifest)
@@ -232,9 +234,9 @@ def test_a_build_of_it_is_outlined(toy: Path, backend: str, caplog: pytest.LogCa
     assert caplog.messages == [f"{toy / 'vae'}: 1 tensors are not used: 'ema'"]
     assert [spec.weights_bytes for spec in outline] == [2 * DIM * DIM] * 3
     assert estimate_needs(job, outline).disk_bytes > 0
-    fewer = BuildJob(job.source, backend, "fp16", job.targets, SHARD_BYTES, with_text_encoder=False)
+    fewer = replace(job, options=replace(options, with_text_encoder=False))
     assert fewer.names == ("unet", "vae_decoder")
-    assert fewer.manifest((None, None, None)).fingerprint != manifest.fingerprint
+    assert fewer.manifest().fingerprint != manifest.fingerprint
 
 
 def test_single_files_are_of_the_family_that_knows_most_of_them(

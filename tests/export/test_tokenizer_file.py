@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.build import BuildRequest
 from t2v_rt.build.dry_run import dry_run
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.export.tokenizer import SPARE_ROWS, check_tokenizer, read_tokenizer
 from tests.conftest import Tiny
 
@@ -69,7 +69,7 @@ def test_a_broken_tokenizer_is_refused_before_the_build(checkpoint: Path, name: 
     file = checkpoint / TOKENIZER
     file.write_bytes(spoil(file.read_bytes()))
     for run in (
-        lambda: dry_run(BuildRequest(checkpoint)),
+        lambda: dry_run(BuildOptions(checkpoint)),
         lambda: build_engines(checkpoint, checkpoint.parent / "bundle"),
         lambda: build_engines(checkpoint, checkpoint.parent / "bundle", with_text_encoder=False),
     ):
