@@ -148,7 +148,10 @@ def test_other_architectures_are_refused_before_their_weights_come(
     index.write_text(json.dumps({**content, "_class_name": "LTXPipeline"}))
     with pytest.raises(CheckpointError, match="names the pipeline 'LTXPipeline'; supported: WanPipeline"):
         fetch(NAME)
-    assert not [name for name in served.fetched if name.endswith(".safetensors")]
+    assert served.fetched == ["model_index.json"]
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json; expected a checkpoint in diffusers layout"):
+        fetch(NAME)
 
 
 def test_which_files_are_needed() -> None:
