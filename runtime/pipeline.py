@@ -22,7 +22,6 @@ from t2v_rt.runtime.denoise.denoiser import one_batch_is_faster
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
-from t2v_rt.runtime.memory.estimates import on_card
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
@@ -51,7 +50,6 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle: the opened bundle.
         backend: loads its engines.
         vram_budget: bytes the engines may take together; None for all that the device has of its own.
-        provider: of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
@@ -63,16 +61,15 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle: Bundle,
         backend: Backend,
         vram_budget: int | None = None,
-        provider: str = "cpu",
         vae_tiles: Grid | None = None,
         prompt_cache: bool = False,
         waits: bool = True,
     ) -> None:
         self.bundle = bundle
-        self.provider = provider
+        self.backend = backend
         manifest = bundle.manifest
         self._scheduler = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
-        self._options = (backend, vram_budget, provider, vae_tiles, prompt_cache, waits)
+        self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits)
         self._vae_tiles = vae_tiles
         self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
         self.admission = Admission(backend.memory_bytes if vram_budget is None else vram_budget, waits=waits)
@@ -85,7 +82,7 @@ class TextToVideoPipeline(DiffusersHabits):
         backend: str | None = None,
         vram_budget: int | str | None = None,
         *,
-        provider: str = "cpu",
+        provider: str | None = None,
         threads: int | None = None,
         vae_tiles: str | Sequence[int] | None = None,
         trust: bool = False,
@@ -98,8 +95,8 @@ class TextToVideoPipeline(DiffusersHabits):
             bundle_dir: the directory that build-engines wrote.
             backend: must be the one the bundle was built for; None takes that one.
             vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
-            provider: of ONNX Runtime, `cpu` or `cuda`.
-            threads: per engine on the CPU; None for as many as there are cores.
+            provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`.
+            threads: of ONNX Runtime, per engine on the CPU; None for as many as there are cores.
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
             trust: whether plans may be run that were not built on this machine by this user; they are native code.
@@ -110,7 +107,7 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
-            BackendError: the backend is unknown, not usable here, or not the bundle's.
+            BackendError: the backend is unknown, not usable here, not the bundle's, or lacks an option that is given.
             RequestError: the budget or the tiles cannot be read.
         """
         if backend is not None:
@@ -119,7 +116,7 @@ class TextToVideoPipeline(DiffusersHabits):
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
         engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
-        return cls(bundle, engines, budget, provider, grid, prompt_cache, waits)
+        return cls(bundle, engines, budget, grid, prompt_cache, waits)
 
     @property
     def manifest(self) -> Manifest:
@@ -316,6 +313,7 @@ class TextToVideoPipeline(DiffusersHabits):
             batches=self._guidance_batches(request),
             room=self._room,
             available=self._available_bytes(),
+            own_memory=self.backend.own_memory,
         )
 
     def _guidance_batches(self, request: Request) -> tuple[bool, ...]:
@@ -327,12 +325,11 @@ class TextToVideoPipeline(DiffusersHabits):
         _, _, frames, rows, columns = self.latent_shape(request)
         depth, height, width = self.manifest.model.patch
         tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
-        where = "card" if on_card(self.manifest) else self.provider
-        return (True, False) if one_batch_is_faster(where, tokens) else (False,)
+        return (True, False) if one_batch_is_faster(self.backend.own_memory, tokens) else (False,)
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
-        return None if on_card(self.manifest) else available_memory_bytes()
+        return None if self.backend.own_memory else available_memory_bytes()
 
     def check_memory(self, request: Request, plan: MemoryPlan) -> None:
         """Refuses a request that cannot fit, before anything is allocated.
@@ -346,7 +343,7 @@ class TextToVideoPipeline(DiffusersHabits):
         checks += [] if self.vram_budget is None else [(plan.least_bytes, self.vram_budget, "the budget")]
         for needed, room, what in checks:
             if needed > room:
-                best = largest_fitting(self.manifest, *size, room)
+                best = largest_fitting(self.manifest, *size, room, self.backend.own_memory)
                 raise RequestError(plan.refusal(needed, room, what, advise(self.manifest, best)))
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
@@ -378,7 +375,14 @@ class TextToVideoPipeline(DiffusersHabits):
         return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
 
     def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
-        whole = make_plan(self.manifest, latents.shape, budget=self.vram_budget, grid=self._vae_tiles, room=self._room)
+        whole = make_plan(
+            self.manifest,
+            latents.shape,
+            budget=self.vram_budget,
+            grid=self._vae_tiles,
+            room=self._room,
+            own_memory=self.backend.own_memory,
+        )
         plan = whole.of_stage("decode")
         with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
             yield from self.stages.decode(latents, plan, progress)

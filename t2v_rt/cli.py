@@ -137,11 +137,11 @@ def _add_encode(commands: Any) -> None:
 def _add_engines(add: Any) -> None:
     """Where engines run."""
     add("--backend", help="must be the one that the bundle was built for")
-    add("--provider", default="cpu", help="of ONNX Runtime: cpu (default) or cuda")
+    add("--provider", help="of ONNX Runtime: cpu (default) or cuda")
     add(
         "--threads",
         type=int,
-        help="threads per engine; all cores where it is left out, and never more than this process may use",
+        help="of ONNX Runtime, per engine; all cores where it is left out, and never more than this process may use",
     )
     add("--trust", action="store_true", help="run plans that were not built here by you: they are native code")
 
@@ -208,6 +208,7 @@ def _add_plan(commands: Any) -> None:
     add("--num-frames", type=int, help="frames of the video")
     add("--vram-budget", metavar="SIZE", help="memory of the card, such as 8GiB")
     add("--vae-tiles", metavar="RxC", help="tiles of the VAE decoder, such as 2x3; as few as fit where it is left out")
+    add("--provider", help="of ONNX Runtime: cpu (default) or cuda, which works in the card's memory")
     add("--picture", metavar="FILE", help="also draw it, as an svg")
 
 
@@ -349,6 +350,7 @@ def run_plan(options: argparse.Namespace) -> None:
         num_frames=options.num_frames,
         vram_budget=options.vram_budget,
         vae_tiles=options.vae_tiles,
+        provider=options.provider,
     )
     if options.picture is not None:
         write_picture(report, options.picture)

@@ -11,7 +11,9 @@ from t2v_rt.runtime.memory.plan import make_plan
 SHRINK = 0.9  # of height and width, from one try to the next
 
 
-def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
+def largest_fitting(
+    manifest: Manifest, height: int, width: int, num_frames: int, budget: int, own_memory: bool | None = None
+) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
     One that the engines were built for, if there is any.
@@ -22,13 +24,15 @@ def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int
         width: likewise.
         num_frames: likewise.
         budget: bytes.
+        own_memory: as `make_plan` takes it.
 
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
     """
     sizes = list(_smaller(manifest, height, width, num_frames))
     for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
-        if make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget).fits:
+        shape = manifest.model.latent_shape(1, *size)
+        if make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits:
             return dict(zip(("height", "width", "num_frames"), size, strict=True))
     return None
 

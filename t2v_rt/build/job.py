@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.build.work_folder import Work
-from t2v_rt.engines.backends import get_backend
+from t2v_rt.engines.backends import backend_info, get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec, to_plain
 from t2v_rt.engines.bundle.profiles import Range, Sizes, VideoProfile, parse_profiles
 from t2v_rt.engines.tensorrt.library import load_library
@@ -124,7 +124,7 @@ class BuildJob:
 
     @property
     def makes_plans(self) -> bool:
-        return self.backend != "onnxruntime"
+        return backend_info(self.backend).ahead_of_time
 
     def manifest(self, sizes: tuple[Sizes, Sizes, Sizes], *, estimate: bool = False) -> Manifest:
         """The bundle's manifest but for its components and, of an estimate, its fingerprint."""

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.engines.backends import backend_info, check_options
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import T2VError
@@ -30,6 +31,7 @@ def plan(
     num_frames: int | None = None,
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
+    provider: str | None = None,
 ) -> dict[str, Any]:
     """Plans a request.
 
@@ -40,6 +42,7 @@ def plan(
         num_frames: likewise.
         vram_budget: memory of the card, bytes or text such as `8GiB`.
         vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
+        provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`. It need not be one that can be used here.
 
     Returns:
         `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
@@ -49,12 +52,13 @@ def plan(
     Raises:
         BundleError: the bundle cannot be used.
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
+        BackendError: the provider is unknown, or the bundle's backend has none to choose.
     """
     manifest = open_bundle(folder).manifest
     sizes = {"height": height, "width": width, "num_frames": num_frames}
     return {
         "bundle_id": manifest.bundle_id,
-        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles),
+        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
     }
 
 
@@ -66,13 +70,16 @@ def plan_request(
     num_frames: int | None = None,
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
+    provider: str | None = None,
 ) -> dict[str, Any]:
     """Plans a request of a bundle that is known by its manifest alone; see `plan`."""
     request = make_request(manifest, prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
+    check_options(manifest.backend, {"provider": provider})
+    card = backend_info(manifest.backend).has_own_memory(provider)
+    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid, own_memory=card)
     report = {
         "backend": manifest.backend,
         "height": size[0],
@@ -81,7 +88,7 @@ def plan_request(
         **to_json(made),
     }
     if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
         report["advice"] = advise(manifest, best)
     return report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.backends import backend_of, load_parts
+from t2v_rt.engines.backends import backend_info, backend_of, load_parts
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.runtime import self_test
 
@@ -14,7 +14,7 @@ def verify(
     folder: str | Path,
     backend: str | None = None,
     *,
-    provider: str = "cpu",
+    provider: str | None = None,
     threads: int | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def verify(
     Args:
         folder: of the bundle.
         backend: must be the bundle's; None takes that one.
-        provider: of ONNX Runtime.
-        threads: per engine.
+        provider: of ONNX Runtime; None for `cpu`.
+        threads: of ONNX Runtime, per engine.
         trust: whether plans from elsewhere may be run.
 
     Returns:
@@ -32,7 +32,7 @@ def verify(
 
     Raises:
         BundleError: the bundle cannot be used, or carries no self-test.
-        BackendError: the backend cannot be used here.
+        BackendError: the backend cannot be used here, or lacks an option that is given.
         EngineError: an engine failed.
     """
     bundle = open_bundle(folder)
@@ -46,7 +46,7 @@ def verify(
     return {
         "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,
-        "provider": provider,
+        "provider": backend_info(manifest.backend).default_provider if provider is None else provider,
         "passed": all(verdict.passed for verdict in verdicts),
         "components": {
             verdict.component: {"error": verdict.error, "tolerance": verdict.tolerance, "passed": verdict.passed}
