@@ -17,7 +17,6 @@ GUIDES = [
     *(ROOT / "docs" / name for name in ("architecture.md", "how-to-add.md", "proof.md")),
     *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
 ]
-HAS_FOLDERS = pytest.mark.skipif("t2v_rt.system" not in SETUP["packages"], reason="describes the code in folders")
 BESIDE = ("t2v_rt.benchmarks",)  # may import from any floor
 
 
@@ -27,7 +26,6 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
 
 
-@HAS_FOLDERS
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_paths_that_guides_name_are_there(page: Path) -> None:
     named = re.findall(r"`([\w./-]+(?:\.(?:py|md|toml|yaml|json)|/))`", page.read_text(encoding="utf-8"))
@@ -47,7 +45,6 @@ def find(path: str, page: Path) -> Iterator[Path]:
                 yield folder / path
 
 
-@HAS_FOLDERS
 def test_names_that_a_list_tells_to_touch_are_in_the_files_it_names() -> None:
     text = (ROOT / "docs" / "how-to-add.md").read_text(encoding="utf-8")
     items = re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
@@ -108,7 +105,6 @@ def reach(start: str, arrows: list[tuple[str, str]]) -> set[str]:
     return found
 
 
-@HAS_FOLDERS
 def test_imports_go_down_the_arrows_of_the_picture() -> None:
     floors, arrows = drawn()
     known = modules()

@@ -118,7 +118,8 @@ class OrtEngine(Engine):
         return {spec.name: value for spec, value in zip(self.outputs, results, strict=True)}
 
     def close(self) -> None:
-        self._session = None
+        with forked.loading:
+            self._session = None
 
 
 class OrtComponent(Component):

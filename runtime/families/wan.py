@@ -21,6 +21,7 @@ from t2v_rt.runtime.decode.tiles import Grid
 from t2v_rt.runtime.families import Call
 from t2v_rt.runtime.memory.estimates import StageMemory, Way, decode_stage, tile_ways
 from t2v_rt.runtime.noise import Generator
+from t2v_rt.system import forked
 
 Array = NDArray[np.float32]
 BIAS = "encoder_attention_bias"  # an input of denoisers whose text has its own length
@@ -117,7 +118,8 @@ class WanText:
 
         Source: `prompt_clean` of diffusers' `pipeline_wan.py`.
         """
-        import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
+        with forked.loading:  # a child that is forked during an import waits for its end for ever
+            import ftfy  # costs more than the rest of the start-up; a call with precomputed embeddings does without
 
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 

@@ -26,7 +26,9 @@ class AfterFork(Protocol):
 
 _watched: weakref.WeakSet[AfterFork] = weakref.WeakSet()
 _gpu_process: dict[str, int] = {}
-loading = threading.RLock()  # held while native code takes locks of its own, so that no child inherits them taken
+# Held while engines are made and freed, and modules imported, which take locks of their own: a child that inherited one
+# of these taken would wait for it for ever.
+loading = threading.RLock()
 
 
 def watch(item: AfterFork) -> None:

@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from t2v_rt import CheckpointError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
 from t2v_rt.progress import Bars
-from t2v_rt.system import files
 from tests.conftest import Tiny
 from tests.support.processes import start_and_meet
 
@@ -364,7 +363,7 @@ def test_too_little_disk_or_memory_is_said_before_the_work_begins(
 ) -> None:
     began: list[str] = []
     monkeypatch.setattr(Bars, "update", lambda self, stage, *counts, detail: began.append(detail))
-    monkeypatch.setattr(files, reading, lambda *place: 5_000_000)
+    monkeypatch.setattr(f"t2v_rt.build.needs.{reading}", lambda *place: 5_000_000)
     line = refused(capsys, "build-engines", str(narrow.checkpoint), "--output", str(tmp_path / "bundle"))
     assert re.search(rf"the build needs about 0\.\d+ GB {named}, 0\.005 GB are", line)
     assert not began

@@ -15,7 +15,8 @@ from t2v_rt.cli import main
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.request import make_request
-from t2v_rt.system import cgroups, files
+from t2v_rt.system import cgroups
+from t2v_rt.system import resources
 from t2v_rt.system.resources import usable_processors
 from tests.conftest import Tiny
 
@@ -24,7 +25,7 @@ from tests.conftest import Tiny
 def test_threads_are_capped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, usable: int, cores: int
 ) -> None:
-    monkeypatch.setattr(files, "usable_processors", lambda: usable)
+    monkeypatch.setattr(resources, "usable_processors", lambda: usable)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
 
     def threads(asked: int | None) -> object:
@@ -52,7 +53,7 @@ def test_processors_of_this_process() -> None:
     assert 1 <= usable <= (os.cpu_count() or 1)
     if sys.platform == "linux":
         code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        code += "from t2v_rt.engines import platform; print(usable_processors())"
+        code += "from t2v_rt.system.resources import usable_processors; print(usable_processors())"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout == "1\n"
 

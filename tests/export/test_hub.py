@@ -15,7 +15,6 @@ from t2v_rt import CheckpointError, InputError, RequestError, build_engines
 from t2v_rt.cli import main
 from t2v_rt.export import hub
 from t2v_rt.export.hub import fetch, is_hub_name, needed_weights
-from t2v_rt.system import files
 from tests.conftest import Tiny
 from tests.support.hub_server import COMMIT, Hub, serve
 
@@ -133,7 +132,7 @@ def test_what_the_hub_refuses(
     assert "is gated: accept its terms" in refused(NAME)
     assert served.fetched == []
     served.gated = False
-    monkeypatch.setattr(files, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("t2v_rt.export.hub.free_disk_bytes", lambda path: 1000)
     line = refused(NAME)
     assert "are to be downloaded" in line
     assert "1e-06 GB are free" in line

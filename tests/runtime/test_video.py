@@ -23,7 +23,6 @@ from t2v_rt.runtime.video import (
     read_metadata,
     write_png,
 )
-from t2v_rt.system import files
 
 NAMES = ("out.mp4", "out.webm", "out.gif", "frames", "frames.png", "out.npy")
 LOSSY_TOLERANCE = 12.0  # mean absolute difference in levels that compression and 4:2:0 colour may cost
@@ -268,8 +267,8 @@ def test_an_old_file_stays_when_the_new_one_cannot_take_its_place(
     def refuse(*_: Any) -> None:
         raise PermissionError("in use")
 
-    monkeypatch.setattr(files, "replace_file", refuse)
-    monkeypatch.setattr(files, "replace_together", refuse)
+    monkeypatch.setattr("t2v_rt.runtime.video.writers.replace_file", refuse)
+    monkeypatch.setattr("t2v_rt.runtime.video.writers.replace_together", refuse)
     with pytest.raises(T2VError, match="in use"):
         write(tmp_path / name, clip(5))
     with pytest.raises(RequestError, match="5 of 6"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from t2v_rt import build_engines
 
-CHECKPOINT = Path(__file__).parent.parent / "demo" / "bouncing-shapes"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "demo" / "bouncing-shapes"
 
 
 def build_demo(folder: Path) -> Path:

@@ -136,3 +136,38 @@ for thread in threads:
 print("done")
 """
     assert run(bundle, program) == "done\n"
+
+
+def test_a_child_does_not_wait_for_an_import_that_another_thread_was_in(bundle: Path) -> None:
+    program = """
+assert "ftfy" in sys.modules
+for name in [name for name in sys.modules if name.partition(".")[0] in ("ftfy", "wcwidth")]:
+    del sys.modules[name]  # as before the first call
+thread = threading.Thread(target=pipe.encode_prompt, args=(["a"],))
+thread.start()
+while "ftfy" not in sys.modules:
+    pass
+forked(lambda: pipe.encode_prompt(["b"]))
+thread.join()
+print("done")
+"""
+    assert run(bundle, program) == "done\n"
+
+
+def test_the_gpu_of_the_parent_is_refused_in_one_line(bundle: Path) -> None:
+    program = """
+from t2v_rt import BackendError
+from t2v_rt.system.forked import claim_gpu
+forked(claim_gpu)  # the parent does not use it
+claim_gpu()
+claim_gpu()
+def work():
+    try:
+        claim_gpu()
+    except BackendError as exc:
+        print(exc, flush=True)
+forked(work)
+"""
+    told = run(bundle, program)
+    assert told.startswith("this process was forked from one that uses the GPU, which CUDA does not allow; start it by")
+    assert told.count("\n") == 1

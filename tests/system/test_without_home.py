@@ -13,7 +13,7 @@ import pytest
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.engines.bundle.store import Stamps
 from t2v_rt.engines.bundle.trust import built_here, remember_built
-from t2v_rt.system import files, user_cache
+from t2v_rt.system import user_cache
 from t2v_rt.system.user_cache import UserCache, cache_folder
 from tests.conftest import Tiny
 
@@ -64,7 +64,7 @@ def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "create_private", refuse)
+    monkeypatch.setattr("t2v_rt.system.user_cache.create_private", refuse)
 
 
 CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], str]] = {
