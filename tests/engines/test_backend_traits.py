@@ -20,8 +20,7 @@ from t2v_rt.engines.backends import BACKENDS, OPTIONS, Backend, BackendInfo, bac
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.store import Bundle, open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.contract import Component
-from t2v_rt.engines.onnxruntime import backend as onnxruntime
-from t2v_rt.engines.onnxruntime.backend import OnnxRuntimeBackend
+from t2v_rt.engines.onnxruntime.backend import PROVIDERS, OnnxRuntimeBackend
 from t2v_rt.engines.onnxruntime.library import ort
 from t2v_rt.engines.tensorrt import cuda
 from t2v_rt.engines.tensorrt.library import check_targets
@@ -86,7 +85,7 @@ def test_what_is_known_of_a_backend_agrees_with_itself_and_with_the_code(info: B
 
 
 def test_every_provider_is_known_to_its_backend_and_to_the_table() -> None:
-    assert list(BACKENDS["onnxruntime"].providers) == list(onnxruntime.PROVIDERS)
+    assert list(BACKENDS["onnxruntime"].providers) == list(PROVIDERS)
     with pytest.raises(BackendError, match="unknown provider 'rocm'; expected one of cpu, cuda"):
         BACKENDS["onnxruntime"].has_own_memory("rocm")
 
@@ -213,7 +212,7 @@ def test_the_same_plan_is_told_for_a_provider_that_is_not_here(
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ONNX Runtime that says it has CUDA."""
-    names = [name for name, _ in onnxruntime.PROVIDERS.values()]
+    names = [name for name, _ in PROVIDERS.values()]
     monkeypatch.setattr(ort, "get_available_providers", lambda: names)
     monkeypatch.setattr(forked, "claim_gpu", lambda: None)  # it would be this process's for good
     cuda._tell_unknown.cache_clear()
