@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError, T2VError
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_file
 
 SUFFIX, SETTINGS = ".npz", "settings"
@@ -50,7 +50,7 @@ def save_arrays(path: str | Path, what: str, arrays: Mapping[str, NDArray[Any]],
     target = check_array_path(path, what)
     named: dict[str, NDArray[Any]] = {**arrays, SETTINGS: np.array(json.dumps(settings, ensure_ascii=False))}
     try:
-        with replacing(target) as temporary, temporary.open("wb") as stream:
+        with writing(target) as stream:
             np.savez(stream, **named)  # type: ignore[arg-type]
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc

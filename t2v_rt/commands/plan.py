@@ -15,7 +15,7 @@ from t2v_rt.runtime.decode.tiles import parse_grid
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
 from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_file
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
@@ -162,7 +162,7 @@ def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
     """Writes the picture, whole or not at all; raises RequestError where it cannot be written."""
     target = check_picture(path)
     try:
-        with replacing(target) as temporary:
-            temporary.write_text(picture(report), encoding="utf-8", newline="\n")
+        with writing(target) as stream:
+            stream.write(picture(report).encode())
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc

@@ -15,8 +15,7 @@ from t2v_rt.cli import main
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.request import make_request
-from t2v_rt.system import cgroups
-from t2v_rt.system import resources
+from t2v_rt.system import cgroups, resources
 from t2v_rt.system.resources import usable_processors
 from tests.conftest import Tiny
 

@@ -159,7 +159,7 @@ def test_parents_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variable = {"win32": "LOCALAPPDATA", "darwin": "HOME"}.get(sys.platform, "XDG_CACHE_HOME")
+    variable = {"win32": "WIN_PD_OVERRIDE_LOCAL_APPDATA", "darwin": "HOME"}.get(sys.platform, "XDG_CACHE_HOME")
     monkeypatch.setenv(variable, str(tmp_path))
     folder = cache_folder()
     assert folder is not None
