@@ -6,12 +6,14 @@ import argparse
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.bundle.manifest import from_plain
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
 from t2v_rt.runtime.frames import to_uint8
@@ -29,6 +31,15 @@ Progress = Callable[[str, int, int], None]
 SHEET_COLUMNS = 6
 LATENTS = "latents"  # the array, and what errors call it
 GUIDANCE_BATCH = {"auto": None, "on": True, "off": False}
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """The size of the video that kept latents are of, among their settings."""
+
+    height: int
+    width: int
+    num_frames: int
 
 
 def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
@@ -188,11 +199,14 @@ def _sample_only(
 
 
 def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), "t2v-rt generate … --save-latents")
-    model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
-    if not known or latents.shape != model.latent_shape(
-        1, settings["height"], settings["width"], settings["num_frames"]
-    ):
+    maker = "t2v-rt generate … --save-latents"
+    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), maker, dict[str, Any])
+    try:
+        size = from_plain(settings, VideoSize)
+        same = latents.shape == pipe.manifest.model.latent_shape(1, size.height, size.width, size.num_frames)
+    except ValueError:  # no size at all
+        same = False
+    if not same:
         raise RequestError(f"{path}: latents of shape {list(latents.shape)} are not this model's; use its own bundle")
     return latents.astype(np.float32, copy=False), settings
 
