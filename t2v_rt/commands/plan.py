@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from t2v_rt.engines.backends import backend_info, check_options
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import T2VError
+from t2v_rt.plots import as_svg, new_figure
 from t2v_rt.runtime.decode.tiles import parse_grid
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
 from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
@@ -20,7 +20,9 @@ from t2v_rt.system.outputs import check_file
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
 GB = 1e9
-LEFT, BAR, GAP, WIDTH = 80, 34, 18, 640  # of the picture
+WIDTH, BAR, AROUND = 7.0, 0.55, 1.3  # inches of the picture: its width, a stage's height, and that of all else
+LABEL_ROOM = 1.18  # of the axis, so that the label after the longest bar is inside
+BUDGET_COLOUR = "#c0392b"
 
 
 def plan(
@@ -122,47 +124,48 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def picture(report: Mapping[str, Any]) -> str:
-    """The plan as an SVG: a stacked bar for each stage against the card."""
-    most = max(report["budget_bytes"] or 0, *(stage["total_bytes"] for stage in report["stages"]), 1)
-    scale = (WIDTH - LEFT - GAP) / most
-    bottom = GAP + len(report["stages"]) * (BAR + GAP)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 44}" font-family="sans-serif" '
-        'font-size="13">',
-        f'<rect width="{WIDTH}" height="{bottom + 44}" fill="white"/>',
-    ]
-    for i, stage in enumerate(report["stages"]):
-        x, y = float(LEFT), GAP + i * (BAR + GAP)
-        lines.append(f'<text x="8" y="{y + 22}">{escape(stage["name"])}</text>')
-        for part, colour in PARTS.items():
-            wide = stage[part] * scale
-            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}" fill="{colour}"/>')
-            x += wide
-        lines.append(f'<text x="{min(x + 6, WIDTH - 70):.1f}" y="{y + 22}">{stage["total_bytes"] / GB:.2f} GB</text>')
-    if report["budget_bytes"] is not None:
-        x = LEFT + report["budget_bytes"] * scale
-        lines.append(f'<path d="M{x:.1f} 6V{bottom}" stroke="#c0392b" stroke-width="2"/>')
-        lines.append(
-            f'<text x="{x - 4:.1f}" y="{bottom + 12}" text-anchor="end">{report["budget_bytes"] / GB:.2f} GB</text>'
-        )
-    for i, (part, colour) in enumerate(PARTS.items()):
-        x, y = LEFT + i * 120, bottom + 22
-        lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 18}" y="{y + 11}">{part.removesuffix("_bytes")}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+def picture(report: Mapping[str, Any]) -> bytes:
+    """The plan as an SVG: a stacked bar for each stage against the card.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    stages, budget = report["stages"], report["budget_bytes"]
+    figure = new_figure(WIDTH, BAR * len(stages) + AROUND)
+    axes = figure.subplots()
+    names, ends = [stage["name"] for stage in stages], [0.0] * len(stages)
+    for part, colour in PARTS.items():
+        sizes = [stage[part] / GB for stage in stages]
+        bars = axes.barh(names, sizes, left=ends, color=colour, label=part.removesuffix("_bytes"))
+        for name, bar in zip(names, bars, strict=True):
+            bar.set_gid(f"{name}.{part}")
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for row, stage in enumerate(stages):
+        total = f"{stage['total_bytes'] / GB:.2f} GB"
+        axes.annotate(total, (ends[row], row), (4, 0), textcoords="offset points", va="center")
+    if budget is not None:
+        axes.axvline(budget / GB, color=BUDGET_COLOUR, linewidth=2, gid="budget")
+        place, above = (budget / GB, 1), ("data", "axes fraction")
+        told = f"{budget / GB:.2f} GB"
+        axes.annotate(told, place, (0, 4), above, "offset points", ha="center", color=BUDGET_COLOUR)
+    axes.set_xlim(0, max([*ends, (budget or 1) / GB]) * LABEL_ROOM)
+    axes.set_xlabel("GB")
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
+    return as_svg(figure)
 
 
 def check_picture(path: str | Path) -> Path:
-    """Checks that the picture can be written; see `check_file`."""
+    """Checks that the picture can be drawn and written; see `check_file`. Raises InputError without matplotlib."""
+    new_figure(WIDTH, BAR)
     return check_file(path, ".svg", "an svg file")
 
 
 def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the picture, whole or not at all; raises RequestError where it cannot be written."""
+    """Writes the picture, whole or not at all; raises InputError where it cannot be drawn or written there."""
     target = check_picture(path)
     try:
         with writing(target) as stream:
-            stream.write(picture(report).encode())
+            stream.write(picture(report))
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc
