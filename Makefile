@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 # How tests run: WORKERS=0 in one process, SEED=7 in a random order, ARGS="-k noise" for anything else pytest takes
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
 	$(if $(SEED),-p randomly --randomly-seed=$(SEED)) $(ARGS)
 
 .PHONY: demo test test-fast check docs format clean

@@ -3,7 +3,7 @@
     python -m t2v_rt.benchmarks.plan_contexts --output benchmarks/results/plan_contexts.json
 
 Two layers of the denoiser and one of the text encoder do: they work in the same memory one after another. The rules of
-thumb in `t2v_rt/export/wan_contexts.py` are fitted to the result.
+thumb in `t2v_rt/export/wan/contexts.py` are fitted to the result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from t2v_rt import build_engines
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
+from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
+from t2v_rt.benchmarks.wan_tensors import CONFIGS
 
 SIZES = ((256, 256, 9), (240, 416, 33), (480, 832, 17), (480, 832, 81), (720, 1280, 81))
 CHANGES = (

@@ -78,20 +78,21 @@ def parity(checkpoint: Path, bundle: Path) -> dict[str, Any]:
     """
     from t2v_rt.benchmarks.reference_encoder import ReferenceEncoder
     from t2v_rt.export.checkpoint import open_checkpoint
-    from t2v_rt.export.wan import family
+    from t2v_rt.export.components import export_component
+    from t2v_rt.export.wan.family import FAMILY
 
     reference = ReferenceEncoder(checkpoint / "text_encoder")
     pipe = TextToVideoPipeline.from_pretrained(bundle)
     text = " ".join(f"word{7 * i}" for i in range(PROMPT_TOKENS - 1))
     ids = pipe.stages.tokenizer.encode(text)
     source = open_checkpoint(checkpoint)
-    configs = family.read_configs(source.configs, shard_bytes=1)  # an engine for each block
+    configs = FAMILY.read_configs(source.configs, shard_bytes=1)  # an engine for each block
     middle = configs.text_encoder.layers // 2
     role = f"blocks_{middle}"
     states = reference.embed(ids)
     before = [states := reference.block(i, states) for i in range(middle)][-1]
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
-        spec = family.export_component("text_encoder", source, configs, Path(folder), "fp32", roles=[role])
+        spec = export_component("text_encoder", source, configs, Path(folder), "fp32", roles=[role])
         with get_backend("onnxruntime").load(Path(folder), "text_encoder", spec) as component:
             feeds: Feeds = {"hidden_states": before, "relative_buckets": _buckets(pipe, len(ids))}
             (found,) = component[role].infer(feeds).values()

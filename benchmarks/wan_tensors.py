@@ -1,4 +1,4 @@
-"""Names and shapes of all tensors of a Wan2.1 checkpoint, from its configs.
+"""What a Wan2.1 checkpoint holds: its configs, and names and shapes of all tensors by them.
 
 Source: the state dicts of diffusers `WanTransformer3DModel` and `AutoencoderKLWan` and of transformers
 `UMT5EncoderModel`.
@@ -6,11 +6,48 @@ Source: the state dicts of diffusers `WanTransformer3DModel` and `AutoencoderKLW
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from t2v_rt.export.wan import published
 
 Tensor = tuple[str, tuple[int, ...]]
 Config = Mapping[str, Any]
+HEAD_DIM = 64  # of every UMT5
+SCHEDULER = published.SCHEDULER
+FULL_TEXT_ENCODER: Config = {
+    **published.CONFIGS["text_encoder"],
+    "architectures": ["UMT5EncoderModel"],
+    "is_gated_act": True,
+    "dense_act_fn": "gelu_new",
+    "tie_word_embeddings": False,  # as published, though the embedding is there once only
+}
+CONFIGS: Mapping[str, Config] = {
+    "transformer": {
+        **published.CONFIGS["transformer"],
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    },
+    "vae": {**published.CONFIGS["vae"], "attn_scales": [], "dropout": 0.0},
+    "text_encoder": {
+        **FULL_TEXT_ENCODER,
+        "vocab_size": 512,
+        "d_ff": 256,
+        "num_layers": 1,
+        "num_heads": 4,
+        "tie_word_embeddings": True,
+    },
+}
+INDEX = {
+    **published.INDEX,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
 
 
 def transformer_tensors(config: Config) -> Iterator[Tensor]:
@@ -114,3 +151,17 @@ def _mid_block(side: str, width: int) -> Iterator[Tensor]:
     yield from _res_block(f"{side}.mid_block.resnets.1", width, width)
     if side == "encoder":
         yield f"{side}.norm_out.gamma", (width, 1, 1, 1)
+
+
+def fan_in(name: str, shape: tuple[int, ...]) -> int:
+    """Products that a weight is summed over: none of an embedding; UMT5's queries carry its scores' scale as well."""
+    if name == "shared.weight":
+        return 1
+    return math.prod(shape[1:]) * (HEAD_DIM if name.endswith("SelfAttention.q.weight") else 1)
+
+
+TENSORS: Mapping[str, tuple[str, Callable[[Config], Iterator[Tensor]]]] = {
+    "transformer": ("diffusion_pytorch_model", transformer_tensors),
+    "vae": ("diffusion_pytorch_model", vae_tensors),
+    "text_encoder": ("model", text_encoder_tensors),
+}

@@ -1,52 +1,24 @@
-"""A checkpoint on disk: its parts found and checked before any work begins."""
+"""A checkpoint on disk: its files found and checked before any work begins."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from t2v_rt.engines.bundle.store import Stamps
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.altering import refuse_quantized
-from t2v_rt.export.config import read_json
+from t2v_rt.export.config import INDEX, CheckpointConfigs, read_json
+from t2v_rt.export.family import TEXT_ENCODER, Family, families, family_of, networks_of
 from t2v_rt.export.found_instead import absent
+from t2v_rt.export.single_files import Found, SingleFiles, files_below
 from t2v_rt.export.tensors import CheckpointWeights
-from t2v_rt.export.wan import published as wan_published
-from t2v_rt.export.wan.names import files_below, find_single_files, open_single_file
 
-NETWORKS = ("text_encoder", "transformer", "vae")
-FOLDERS = (*NETWORKS, "tokenizer", "scheduler")
-INDEX = "model_index.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER = "tokenizer"  # its folder, and the option that takes its place
 Files = Mapping[str, str | Path]
-
-
-@dataclass(frozen=True)
-class CheckpointConfigs:
-    """What a checkpoint says of itself.
-
-    Args:
-        origin: where it is from, for errors.
-        index: `model_index.json`.
-        networks: `config.json` of each network.
-        scheduler: `scheduler_config.json`.
-        generation: `generation_config.json`, empty where there is none.
-    """
-
-    origin: str
-    index: Mapping[str, Any]
-    networks: Mapping[str, Mapping[str, Any]]
-    scheduler: Mapping[str, Any]
-    generation: Mapping[str, Any]
-
-
-PUBLISHED = CheckpointConfigs(
-    "Wan2.1-T2V-1.3B", wan_published.INDEX, wan_published.CONFIGS, wan_published.SCHEDULER, {}
-)
 
 
 @dataclass(frozen=True)
@@ -54,21 +26,27 @@ class Checkpoint:
     """An opened checkpoint.
 
     Args:
+        family: of its model.
         configs: of its networks.
         weights: tensors of each network.
-        tokenizer: path of `tokenizer.json`.
+        tokenizer: files that its tokenizer is made of.
     """
 
+    family: Family
     configs: CheckpointConfigs
     weights: Mapping[str, CheckpointWeights]
-    tokenizer: Path
+    tokenizer: tuple[Path, ...]
+
+    def weights_of(self, component: str) -> CheckpointWeights:
+        """Tensors of a component's network."""
+        return self.weights[self.family.networks[component]]
 
     def digest(self) -> str:
         """One hash over all that an export reads."""
         configs = {name: value for name, value in vars(self.configs).items() if name != "origin"}
         content = {
             "configs": configs,
-            "tokenizer": _hashes([self.tokenizer]),
+            "tokenizer": _hashes(self.tokenizer),
             "weights": {name: _hashes(weights.files) for name, weights in self.weights.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -76,9 +54,9 @@ class Checkpoint:
     def encoder_digest(self) -> str:
         """A hash over what decides a prompt's embeddings: the text encoder and its tokenizer."""
         content = {
-            "config": self.configs.networks["text_encoder"],
-            "tokenizer": _hashes([self.tokenizer]),
-            "weights": _hashes(self.weights["text_encoder"].files),
+            "config": self.configs.networks[self.family.networks[TEXT_ENCODER]],
+            "tokenizer": _hashes(self.tokenizer),
+            "weights": _hashes(self.weights_of(TEXT_ENCODER).files),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -92,12 +70,18 @@ def _hashes(files: Sequence[Path]) -> list[str]:
 
 
 def read_configs(folder: Path) -> CheckpointConfigs:
-    """Reads the configs of a checkpoint in diffusers layout; raises CheckpointError where one is missing or damaged."""
+    """Reads the configs of a checkpoint in diffusers layout.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or no family has its pipeline.
+    """
     index = read_json(folder / INDEX)
-    for name in FOLDERS:
+    names = networks_of(family_of(index, folder))
+    folders = (*names, TOKENIZER, "scheduler")
+    for name in folders:
         if not (folder / name).is_dir():
-            raise CheckpointError(f"{folder}: the folder {name}/ is missing; expected {', '.join(FOLDERS)}")
-    networks = {name: read_json(folder / name / "config.json") for name in NETWORKS}
+            raise CheckpointError(f"{folder}: the folder {name}/ is missing; expected {', '.join(folders)}")
+    networks = {name: read_json(folder / name / "config.json") for name in names}
     for name, config in networks.items():
         refuse_quantized(config, f"{folder / name / 'config.json'}")
     generation = folder / "generation_config.json"
@@ -115,60 +99,100 @@ def open_checkpoint(folder: str | Path | None, files: Files | None = None) -> Ch
 
     Args:
         folder: in diffusers layout, with `model_index.json` and a folder per component; or with a single safetensors
-            file for each network, in Wan's own names; None where `files` has all.
-        files: `transformer`, `vae`, `text_encoder` (single safetensors files) and `tokenizer` (`tokenizer.json` or
-            its folder) that take the place of those in the folder.
+            file for each network, under the names of its own code; None where `files` has all.
+        files: network -> single safetensors file, and `tokenizer` (`tokenizer.json` or its folder), that take the place
+            of those in the folder.
 
     Returns:
         The checkpoint, its configs read and the headers of its weight files checked. Without a folder in diffusers
-        layout, the configs are those of Wan2.1-T2V-1.3B.
+        layout, the configs are those that its family was published with.
 
     Raises:
         CheckpointError: a part is missing or damaged, or weights are pickled.
     """
     given = {name: Path(file) for name, file in (files or {}).items()}
-    if unknown := sorted(given.keys() - {*NETWORKS, "tokenizer"}):
-        raise CheckpointError(f"a file is given for {unknown[0]!r}; expected one of {', '.join(NETWORKS)}, tokenizer")
     if folder is None:
-        missing = [name for name in (*NETWORKS, "tokenizer") if name not in given]
+        family, kind = _family_of_files(Found.among(file for file in given.values() if file.is_file()))
+        _check_known(family, given)
+        missing = [name for name in (*networks_of(family), TOKENIZER) if name not in given]
         if missing:
             options = ", ".join("--" + name.replace("_", "-") for name in missing)
             raise CheckpointError(f"no checkpoint given; expected a folder, or the missing files too: {options}")
-        return _from_files(PUBLISHED, given)
+        return _from_files(family, kind.configs, given)
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a checkpoint in diffusers layout")
-    if not (folder / INDEX).is_file() and not any((folder / name / "config.json").is_file() for name in NETWORKS):
-        return _from_files(PUBLISHED, {**_find_files(folder, given), **given})
+    if not _in_diffusers_layout(folder):
+        found = Found.among(files_below(folder))
+        family, kind = _family_of_files(found)
+        _check_known(family, given)
+        return _from_files(family, kind.configs, {**_find_files(folder, found, family, kind, given), **given})
     configs = read_configs(folder)
-    return _from_files(configs, {"tokenizer": folder / "tokenizer", **given}, folder)
+    family = family_of(configs.index, folder)
+    _check_known(family, given)
+    return _from_files(family, configs, {TOKENIZER: folder / TOKENIZER, **given}, folder)
 
 
-def _find_files(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
-    found = find_single_files(folder, [name for name in NETWORKS if name not in given])
-    tokenizers = [file for file in files_below(folder) if file.name == TOKENIZER]
-    if "tokenizer" not in given and len(tokenizers) != 1:
+def _in_diffusers_layout(folder: Path) -> bool:
+    """Whether a folder has an index, or lacks it and has the config of a network."""
+    names = {name for family in families() for name in networks_of(family)}
+    return (folder / INDEX).is_file() or any((folder / name / "config.json").is_file() for name in names)
+
+
+def _check_known(family: Family, given: Iterable[str]) -> None:
+    known = (*networks_of(family), TOKENIZER)
+    if unknown := sorted(set(given) - set(known)):
+        raise CheckpointError(f"a file is given for {unknown[0]!r}; expected one of {', '.join(known)}")
+
+
+def _family_of_files(found: Found) -> tuple[Family, SingleFiles]:
+    """The family that knows the most networks among files, the first where none knows any."""
+    known = [(family, family.single_files) for family in families() if family.single_files is not None]
+    return max(known, key=lambda pair: len({pair[1].identify(names) for names in found.tensors.values()} - {None}))
+
+
+def _find_files(
+    folder: Path, found: Found, family: Family, kind: SingleFiles, given: Mapping[str, Path]
+) -> dict[str, Path]:
+    networks = kind.find(folder, [name for name in networks_of(family) if name not in given], found)
+    if TOKENIZER in given:
+        return networks
+    name = family.tokenizers[0][0]
+    tokenizers = [file for file in found.files if file.name == name]
+    if len(tokenizers) != 1:
         raise CheckpointError(
-            f"{folder}: {len(tokenizers)} files {TOKENIZER}; expected that of the checkpoint "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers: name it, --tokenizer FILE"
+            f"{folder}: {len(tokenizers)} files {name}; expected that of the checkpoint {kind.repository}: name it, "
+            "--tokenizer FILE"
         )
-    return found if "tokenizer" in given else {**found, "tokenizer": tokenizers[0]}
+    return {**networks, TOKENIZER: tokenizers[0]}
 
 
-def _from_files(configs: CheckpointConfigs, files: Mapping[str, Path], folder: Path | None = None) -> Checkpoint:
+def _from_files(
+    family: Family, configs: CheckpointConfigs, files: Mapping[str, Path], folder: Path | None = None
+) -> Checkpoint:
     """The checkpoint of single files and, for networks that have none, of the folders of their names."""
     weights = {}
-    for name in NETWORKS:
-        if name in files:
-            weights[name] = open_single_file(files[name], name)
+    for name in networks_of(family):
+        if name in files and family.single_files is not None:
+            weights[name] = family.single_files.open(files[name], name)
+        elif name in files:
+            raise CheckpointError(f"{files[name]}: this model is not known in single files; give its folder alone")
         else:
             assert folder is not None
             weights[name] = CheckpointWeights.open(folder / name)
-    tokenizer = files["tokenizer"]
-    tokenizer = tokenizer / TOKENIZER if tokenizer.is_dir() or tokenizer.name != TOKENIZER else tokenizer
-    if not tokenizer.is_file():
-        raise CheckpointError(
-            f"{tokenizer} {absent(tokenizer)}; expected a fast tokenizer: load the tokenizer with transformers and "
-            "save it again"
-        )
-    return Checkpoint(configs, weights, tokenizer)
+    return Checkpoint(family, configs, weights, _tokenizer_files(files[TOKENIZER], family))
+
+
+def _tokenizer_files(place: Path, family: Family) -> tuple[Path, ...]:
+    """The files of a tokenizer, from their folder or one of them."""
+    known = {name for names in family.tokenizers for name in names}
+    folder = place.parent if place.name in known and not place.is_dir() else place
+    choices = [tuple(folder / name for name in names) for names in family.tokenizers]
+    for files in choices:
+        if all(file.is_file() for file in files):
+            return files
+    missing = next(file for file in choices[0] if not file.is_file())
+    raise CheckpointError(
+        f"{missing} {absent(missing)}; expected a fast tokenizer: load the tokenizer with transformers and save it "
+        "again"
+    )

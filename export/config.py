@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from t2v_rt.engines.bundle.manifest import Defaults
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.found_instead import absent, found_instead
-from t2v_rt.numbers import as_integer
+from t2v_rt.numbers import as_integer, as_number
 
+INDEX = "model_index.json"
 T = TypeVar("T", int, float, bool, str, list[Any])
+
+
+@dataclass(frozen=True)
+class CheckpointConfigs:
+    """What a checkpoint says of itself.
+
+    Args:
+        origin: where it is from, for errors.
+        index: `model_index.json`.
+        networks: `config.json` of each network.
+        scheduler: `scheduler_config.json`.
+        generation: `generation_config.json`, empty where there is none.
+    """
+
+    origin: str
+    index: Mapping[str, Any]
+    networks: Mapping[str, Mapping[str, Any]]
+    scheduler: Mapping[str, Any]
+    generation: Mapping[str, Any]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +83,21 @@ def require(config: Mapping[str, Any], component: str, key: str, expected: objec
     """Refuses a config whose `key` is not `expected`; `default` is what a missing key means."""
     found = config.get(key, default)
     if found != expected:
-        raise CheckpointError(
-            f"{component}/config.json: {key} is {found!r}; only {expected!r} is supported (text-to-video, Wan2.1)"
-        )
+        raise CheckpointError(f"{component}/config.json: {key} is {found!r}; only {expected!r} is supported")
+
+
+def read_defaults(generation: Mapping[str, Any], defaults: Defaults) -> Defaults:
+    """Defaults of requests: a checkpoint's `generation_config.json` over its family's own.
+
+    Raises:
+        CheckpointError: a value of the wrong kind.
+    """
+    values: dict[str, Any] = {}
+    for key, family_value in vars(defaults).items():
+        given, kind = generation.get(key, family_value), type(family_value)
+        readers = {int: as_integer, float: as_number}
+        value: Any = readers[kind](given) if kind in readers else given
+        if not isinstance(value, kind) or (not isinstance(value, str) and value <= 0):
+            raise CheckpointError(f"generation_config.json: {key} is {given!r}; expected a positive {kind.__name__}")
+        values[key] = value
+    return Defaults(**values)

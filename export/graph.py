@@ -52,15 +52,12 @@ class Form:
     Args:
         sizes: symbols of the graph's inputs that have one size only: a builder plans memory better for fixed shapes.
         slices: parts of the token axis that a feed-forward runs over one after another, for its memory.
-        text_rows: positions of the text where it always comes padded to all of them, None where it comes as short as it
-            is and with a bias.
         float32_matmul: whether the engine can multiply float32 matrices.
         quantization: of the matrices of Linears, or None.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     slices: int = 1
-    text_rows: int | None = None
     float32_matmul: bool = True
     quantization: Quantization | None = None
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.errors import CheckpointError, InputError, RequestError
-from t2v_rt.export.checkpoint import INDEX, NETWORKS, TOKENIZER, read_configs
-from t2v_rt.export.wan import family as wan
+from t2v_rt.export.checkpoint import TOKENIZER, read_configs
+from t2v_rt.export.config import INDEX, read_json
+from t2v_rt.export.family import Family, family_of, networks_of
 from t2v_rt.export.weight_names import PICKLED, choose_weights
 from t2v_rt.system.files import free_disk_bytes, is_terminal
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS = (INDEX, "generation_config.json", "scheduler/scheduler_config.json")
-TOKENIZER_FILE = f"tokenizer/{TOKENIZER}"
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -62,26 +62,43 @@ def fetch(repository: str, revision: str | None = None, *, download: bool = True
         folder = _from_cache(huggingface_hub, repository, revision, "the hub does not answer")
         logger.warning("the hub does not answer; %s is taken from the cache, %s", repository, folder)
         return folder
-    weights = needed_weights(repository, sizes)
-    small = [*CONFIGS, *(f"{name}/config.json" for name in NETWORKS), TOKENIZER_FILE]
+    if INDEX not in sizes:
+        raise CheckpointError(f"{repository} has no {INDEX}; expected a checkpoint in diffusers layout")
+    index = _download(huggingface_hub, repository, revision, [INDEX]) / INDEX
+    family = family_of(read_json(index), repository)
+    weights = needed_weights(repository, sizes, family)
+    small = [*CONFIGS, *(f"{name}/config.json" for name in networks_of(family))]
+    small += needed_tokenizer(repository, sizes, family)
     folder = _download(huggingface_hub, repository, revision, small)
-    wan.read_configs(read_configs(folder))
+    family.read_configs(read_configs(folder))
     _check_disk(repository, {name: sizes[name] for name in weights if not (folder / name).is_file()})
     return _download(huggingface_hub, repository, revision, [*small, *weights])
 
 
-def needed_weights(repository: str, names: Iterable[str]) -> list[str]:
+def needed_tokenizer(repository: str, names: Iterable[str], family: Family) -> list[str]:
+    """The files of the tokenizer among a repository's.
+
+    Raises:
+        CheckpointError: one is not there.
+    """
+    have = set(names)
+    choices = [[f"{TOKENIZER}/{name}" for name in choice] for choice in family.tokenizers]
+    found = next((choice for choice in choices if have.issuperset(choice)), None)
+    if found is None:
+        missing = next(name for name in choices[0] if name not in have)
+        raise CheckpointError(f"{repository} has no {missing}; expected a checkpoint in diffusers layout")
+    return found
+
+
+def needed_weights(repository: str, names: Iterable[str], family: Family) -> list[str]:
     """The weights among a repository's files, and the indexes of their shards.
 
     Raises:
-        CheckpointError: something that an export needs is not there.
+        CheckpointError: a network has none that can be read.
     """
     have = set(names)
-    for name in (INDEX, TOKENIZER_FILE):
-        if name not in have:
-            raise CheckpointError(f"{repository} has no {name}; expected a checkpoint in diffusers layout")
     needed = []
-    for network in NETWORKS:
+    for network in networks_of(family):
         files = [name.partition("/")[2] for name in have if name.startswith(f"{network}/")]
         chosen = choose_weights(files, f"{repository}/{network}")
         if chosen is None:

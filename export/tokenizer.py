@@ -24,11 +24,12 @@ def read_tokenizer(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read as text ({exc}); download it again") from exc
 
 
-def check_tokenizer(path: Path, rows: int, end: int) -> None:
+def check_tokenizer(text: str, path: Path, rows: int, end: int) -> None:
     """Opens a tokenizer and holds it against the text encoder.
 
     Args:
-        path: of `tokenizer.json`.
+        text: of a `tokenizer.json`.
+        path: of the file that it is from, for errors.
         rows: of the text encoder's table of token embeddings.
         end: the token that closes every prompt.
 
@@ -38,7 +39,6 @@ def check_tokenizer(path: Path, rows: int, end: int) -> None:
     """
     from tokenizers import Tokenizer  # takes long to import, and only building needs it here
 
-    text = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(text)
         count = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

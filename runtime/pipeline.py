@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,24 +16,30 @@ from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import check_profiles
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.errors import RequestError
+from t2v_rt.options import documented_by
 from t2v_rt.runtime.decode.tiles import Grid, parse_grid
-from t2v_rt.runtime.denoise.denoiser import one_batch_is_faster
+from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
+<<<<<<< HEAD
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
+=======
+from t2v_rt.runtime.memory.advice import check_room
+from t2v_rt.runtime.memory.estimates import on_card
+>>>>>>> int
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
-from t2v_rt.runtime.request import Prompt, Request, check_latents, make_request
-from t2v_rt.runtime.run import FrameStream, Run, make_output
+from t2v_rt.runtime.request import CallArrays, Request, check_latents, make_request
+from t2v_rt.runtime.run import CallHooks, FrameStream, Run, StepCallback, make_output
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
 from t2v_rt.system.resources import available_memory_bytes
 
 Array = NDArray[np.float32]
-StepCallback = Callable[["TextToVideoPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 
 
 class TextToVideoPipeline(DiffusersHabits):
@@ -76,6 +81,7 @@ class TextToVideoPipeline(DiffusersHabits):
         self.stages = Stages(bundle, backend, prompt_cache)
 
     @classmethod
+    @documented_by(BackendOptions)
     def from_pretrained(
         cls,
         bundle_dir: str | Path,
@@ -93,13 +99,14 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Args:
             bundle_dir: the directory that build-engines wrote.
-            backend: must be the one the bundle was built for; None takes that one.
             vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
+<<<<<<< HEAD
             provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`.
             threads: of ONNX Runtime, per engine on the CPU; None for as many as there are cores.
+=======
+>>>>>>> int
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
-            trust: whether plans may be run that were not built on this machine by this user; they are native code.
             prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is
                 encoded once on a machine.
             waits: whether a call that does not fit the budget beside those on their way (of other threads, or streams
@@ -150,8 +157,7 @@ class TextToVideoPipeline(DiffusersHabits):
         """Bytes that the engines of all calls may take together; None for no limit."""
         return self.admission.budget
 
-    # -- calls -------------------------------------------------------------------------------------------------------
-
+    @documented_by(CallOptions, CallArrays, CallHooks)
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -184,36 +190,6 @@ class TextToVideoPipeline(DiffusersHabits):
     ) -> TextToVideoOutput:
         """Makes videos; what is left out takes the bundle's default.
 
-        Args:
-            prompt: one text, or a list of them.
-            negative_prompt: what to steer away from; one for all prompts or one for each.
-            height: in pixels, a multiple of the model's patch.
-            width: in pixels, likewise.
-            num_frames: a multiple of the temporal factor, plus one.
-            num_inference_steps: steps of the scheduler.
-            guidance_scale: classifier-free guidance; 1 turns it off and halves the denoiser calls.
-            num_videos_per_prompt: videos of each prompt.
-            seed: one for all videos, or a list with one for each; None or -1 draws one (see the result's `seed`).
-            generator: instead of seed, one or a list.
-            latents: float (B, C, F, H, W) to start from instead of noise; they set the video's size.
-            prompt_embeds: float (B, L, D) instead of prompt.
-            negative_prompt_embeds: float (B, L, D) instead of negative_prompt.
-            output_type: "np", "uint8", "pil" or "latent".
-            callback_on_step_end: called as `f(pipe, step, timestep, tensors)` after each step; tensors it returns
-                (`latents`, `prompt_embeds`, `negative_prompt_embeds`) replace the current ones.
-            callback_on_step_end_tensor_inputs: names of the tensors it is given.
-            progress: called as `f(stage, done, total)`.
-            guidance_rescale: 0 to 1, against the over-exposure of high guidance (see `Guidance`).
-            guidance_interval: (start, stop), fractions of the steps that are guided; None for all.
-            cfg_zero_star: CFG-Zero* guidance.
-            zero_init_steps: first steps that predict zero under CFG-Zero*; None for 1.
-            guidance_batch: both predictions of a step in one batch (True) or in two calls (False); None chooses by size
-                (see `one_batch_is_faster`), and two calls where memory is short; `settings` tells what was chosen.
-            step_cache: threshold of the step cache (see `StepCache`); None or 0 turns it off.
-            timesteps: the schedule itself, instead of num_inference_steps.
-            sigmas: likewise, as noise levels.
-            cancel: checked before each denoiser call and each chunk of the VAE; once set, the call ends.
-
         Returns:
             Frames, seed, settings, stage times and memory.
 
@@ -222,8 +198,7 @@ class TextToVideoPipeline(DiffusersHabits):
             CancelledError: `cancel` was set; the pipeline can be called again.
             EngineError: an engine failed or gave values that are not finite.
         """
-        request = make_request(
-            self.manifest,
+        options = CallOptions(
             prompt=prompt,
             negative_prompt=negative_prompt,
             height=height,
@@ -233,10 +208,6 @@ class TextToVideoPipeline(DiffusersHabits):
             guidance_scale=guidance_scale,
             num_videos_per_prompt=num_videos_per_prompt,
             seed=seed,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
@@ -247,37 +218,49 @@ class TextToVideoPipeline(DiffusersHabits):
             timesteps=timesteps,
             sigmas=sigmas,
         )
+        arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        request = make_request(self.manifest, options, arrays)
         kept_frames = 0 if output_type == "latent" else request.batch * request.num_frames
-        run = self._run(
-            request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
-        )
-        return make_output(run, generator)
+        return make_output(self._run(request, kept_frames, hooks), generator)
 
     generate = __call__
 
+    @documented_by(CallOptions, CallArrays, CallHooks)
     def stream(
         self,
         prompt: Prompt | None = None,
         *,
-        output_type: str = "np",
-        progress: Progress | None = None,
+        negative_prompt: Prompt | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
         generator: Generator | None = None,
+        latents: NDArray[Any] | None = None,
+        prompt_embeds: NDArray[Any] | None = None,
+        negative_prompt_embeds: NDArray[Any] | None = None,
+        output_type: str = "np",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        progress: Progress | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        cfg_zero_star: bool = False,
+        zero_init_steps: int | None = None,
+        guidance_batch: bool | None = None,
+        step_cache: float | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         cancel: threading.Event | None = None,
-        **settings: Any,
     ) -> FrameStream:
         """Makes one video and yields its frames as the VAE decodes them; only one chunk is held at a time.
 
         Args:
-            prompt: one text.
             output_type: "np" yields float32 frames (H, W, 3) in [0, 1], "uint8" yields uint8 ones.
-            progress: called as `f(stage, done, total)`.
-            generator: instead of seed.
-            callback_on_step_end: as in the call.
-            callback_on_step_end_tensor_inputs: as in the call.
-            cancel: as in the call; checked on the way, so the next frame asked for raises CancelledError.
-            settings: the call's other arguments.
 
         Returns:
             An iterator over frames that also tells seed, settings, latents and times. The request is validated at
@@ -286,16 +269,45 @@ class TextToVideoPipeline(DiffusersHabits):
         Raises:
             RequestError: an invalid setting, more than one video, or another output type.
         """
-        request = make_request(self.manifest, prompt=prompt, generator=generator, output_type=output_type, **settings)
-        if request.batch != 1 or output_type not in ("np", "uint8"):
+        options = CallOptions(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_videos_per_prompt=num_videos_per_prompt,
+            seed=seed,
+            output_type=output_type,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            cfg_zero_star=cfg_zero_star,
+            zero_init_steps=zero_init_steps,
+            guidance_batch=guidance_batch,
+            step_cache=step_cache,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        return self.open_stream(options, arrays, hooks)
+
+    def open_stream(self, options: CallOptions, arrays: CallArrays, hooks: CallHooks) -> FrameStream:
+        """Makes one video as `stream` does, for callers that hold its arguments as values.
+
+        Args:
+            options: what is asked for.
+            arrays: what takes the place of prompts, noise or the seed.
+            hooks: what the stream tells on its way, and what can change or end it.
+        """
+        request, kind = make_request(self.manifest, options, arrays), options.output_type
+        if request.batch != 1 or kind not in ("np", "uint8"):
             raise RequestError(
-                f"stream makes one video of output_type np or uint8; {request.batch} of {output_type!r} were asked for"
+                f"stream makes one video of output_type np or uint8; {request.batch} of {kind!r} were asked for"
             )
         _, kept_frames = self.manifest.model.decode.next
-        run = self._run(
-            request, kept_frames, callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel
-        )
-        return FrameStream(run, generator)
+        return FrameStream(self._run(request, kept_frames, hooks), arrays.generator)
 
     def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
         """What a request takes in each stage under the budget, what stays loaded when, and how guidance is made.
@@ -304,18 +316,21 @@ class TextToVideoPipeline(DiffusersHabits):
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
         """
+        where = "card" if on_card(self.manifest) else self.provider
+        tokens = request.tokens(self.manifest.model)
         return make_plan(
             self.manifest,
-            self.latent_shape(request),
+            request.latent_shape(self.manifest.model),
             budget=self.vram_budget,
             grid=self._vae_tiles,
             kept_frames=kept_frames,
-            batches=self._guidance_batches(request),
+            batches=guidance_batches(request.guidance, request.guidance_batch, where, tokens),
             room=self._room,
             available=self._available_bytes(),
             own_memory=self.backend.own_memory,
         )
 
+<<<<<<< HEAD
     def _guidance_batches(self, request: Request) -> tuple[bool, ...]:
         """Whether both predictions of a step may be made in one batch, the better way first."""
         if not request.guidance.needs_negative:
@@ -327,6 +342,8 @@ class TextToVideoPipeline(DiffusersHabits):
         tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
         return (True, False) if one_batch_is_faster(self.backend.own_memory, tokens) else (False,)
 
+=======
+>>>>>>> int
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
         return None if self.backend.own_memory else available_memory_bytes()
@@ -334,9 +351,14 @@ class TextToVideoPipeline(DiffusersHabits):
     def check_memory(self, request: Request, plan: MemoryPlan) -> None:
         """Refuses a request that cannot fit, before anything is allocated.
 
+        Args:
+            request: from `make_request`.
+            plan: what `plan` made of the request.
+
         Raises:
             RequestError: more is needed than there is or the budget allows; names the largest video that fits.
         """
+<<<<<<< HEAD
         size = request.height, request.width, request.num_frames
         available = self._available_bytes()
         checks = [] if available is None else [(plan.host_bytes, available, "the memory available")]
@@ -351,10 +373,13 @@ class TextToVideoPipeline(DiffusersHabits):
         return self.manifest.model.latent_shape(request.batch, request.height, request.width, request.num_frames)
 
     # -- stages on their own -----------------------------------------------------------------------------------------
+=======
+        check_room(self.manifest, request, plan, self._available_bytes(), self.vram_budget)
+>>>>>>> int
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
-        plan = self.plan(make_request(self.manifest, prompt="", seed=0)).of_stage("encode")
+        plan = self.plan(make_request(self.manifest, CallOptions(prompt="", seed=0))).of_stage("encode")
         with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
             return self.stages.encode_prompt([texts] if isinstance(texts, str) else texts, plan)
 
@@ -402,30 +427,13 @@ class TextToVideoPipeline(DiffusersHabits):
         """
         return preview(self.stages, check_latents(self.manifest.model, latents))
 
-    def _run(
-        self,
-        request: Request,
-        kept_frames: int,
-        callback: StepCallback | None,
-        names: Sequence[str],
-        progress: Progress | None,
-        cancel: threading.Event | None,
-    ) -> Run:
+    def _run(self, request: Request, kept_frames: int, hooks: CallHooks) -> Run:
         """A run of a request that fits, on its own copy of the scheduler."""
         check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
         plan = self.plan(request, kept_frames)
         self.check_memory(request, plan)
-        return Run(
-            self.stages,
-            self.admission,
-            self.scheduler.copy(),
-            replace(request, guidance_batch=plan.one_batch),
-            plan,
-            callback=None if callback is None else partial(callback, self),
-            callback_tensors=names,
-            progress=progress,
-            cancel=cancel,
-        )
+        request = replace(request, guidance_batch=plan.one_batch)
+        return Run(self.stages, self.admission, self.scheduler.copy(), request, plan, hooks, owner=self)
 
     def close(self) -> None:
         """Releases all engines; a later call loads them again."""

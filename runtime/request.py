@@ -14,20 +14,35 @@ from numpy.typing import NDArray
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.errors import RequestError, type_of
-from t2v_rt.numbers import as_flag, as_integer, as_number
-from t2v_rt.runtime.denoise.guidance import WHOLE, Guidance
-from t2v_rt.runtime.denoise.step_cache import check_threshold
+from t2v_rt.runtime.denoise.guidance import Guidance
 from t2v_rt.runtime.diffusers_habits import advice
-from t2v_rt.runtime.noise import Generator, check_generators, check_seed, randn_for
-from t2v_rt.runtime.prompts.tokenizer import check_text
+from t2v_rt.runtime.noise import Generator, check_generators, randn_for
+from t2v_rt.runtime.options import COPIES, EMBEDS, SCHEDULER, CallOptions, Prompt, call_settings, digest_name
 from t2v_rt.runtime.schedulers.base import check_steps
 
-OUTPUT_TYPES = ("np", "uint8", "pil", "latent")
-ZERO_INIT_STEPS = 1  # of CFG-Zero*; its paper zeroes the first 4 % of the steps, diffusers' guider one
 SEED_BITS = 32  # of a seed that is drawn because none was given
 RANDOM_SEED = -1  # asks for a drawn one, as in every program of this kind; a generator takes it as a seed, as torch's
 Array = NDArray[np.float32]
-Prompt = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class CallArrays:
+    """What a call may be given beside its options: arrays, and generators in the place of seeds.
+
+    Args:
+        generator: draws the noise instead of a seed's: one, or a list with one for each video.
+        latents: float (B, C, F, H, W) to start from instead of noise; they set the video's size.
+        prompt_embeds: float (B, L, D) instead of prompt.
+        negative_prompt_embeds: float (B, L, D) instead of negative_prompt.
+    """
+
+    generator: Generator | Sequence[Generator] | None = None
+    latents: NDArray[Any] | None = None
+    prompt_embeds: NDArray[Any] | None = None
+    negative_prompt_embeds: NDArray[Any] | None = None
+
+
+NO_ARRAYS = CallArrays()
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Request:
         guidance_batch: whether both predictions of a step are made in one batch; None until that is chosen.
         step_cache: threshold of the step cache; 0 turns it off.
         timesteps: of the schedule, instead of the scheduler's own.
-        sigmas: likewise.
+        sigmas: noise levels of the schedule, instead of the scheduler's own.
     """
 
     prompts: tuple[str, ...]
@@ -78,6 +93,16 @@ class Request:
         prompts = len(self.prompts) if self.prompt_embeds is None else len(self.prompt_embeds)
         return prompts * self.num_videos_per_prompt
 
+    def latent_shape(self, model: ModelSpec) -> tuple[int, ...]:
+        """(B, C, F, H, W) of the request's latents."""
+        return model.latent_shape(self.batch, self.height, self.width, self.num_frames)
+
+    def tokens(self, model: ModelSpec) -> int:
+        """Patches of all videos together that one prediction of the denoiser is made of."""
+        _, _, frames, rows, columns = self.latent_shape(model)
+        depth, height, width = model.patch
+        return self.batch * (frames // depth) * (rows // height) * (columns // width)
+
     def settings(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that determines the result, as plain JSON values."""
         single = len(self.prompts) == 1
@@ -95,97 +120,88 @@ class Request:
             **self.guidance.settings(),
             "guidance_batch": self.guidance_batch,
             "step_cache": self.step_cache,
-            "scheduler": dict(scheduler),
+            SCHEDULER: dict(scheduler),
+            **({} if self.num_videos_per_prompt == 1 else {COPIES: self.num_videos_per_prompt}),
         }
+
+    @classmethod
+    def from_settings(cls, manifest: Manifest, settings: Mapping[str, Any], arrays: CallArrays = NO_ARRAYS) -> Request:
+        """Reads back what `settings` told, so that it can be made again; the scheduler's are for `get_scheduler`.
+
+        Args:
+            manifest: what the bundle declares that the settings came from.
+            settings: plain JSON values.
+            arrays: what the request was made from beside its settings, which hold hashes of embeddings only.
+
+        Returns:
+            A request with the same settings; its frames come as float32 arrays.
+
+        Raises:
+            RequestError: a setting is missing, unknown or invalid, or embeddings or noise that the request was made
+                from are missing or are other ones.
+        """
+        values = call_settings(settings)
+        for name in EMBEDS:
+            array = getattr(arrays, name)
+            found = None if array is None else _digests(**{name: _floats(name, array, 3)})[digest_name(name)]
+            if found != (recorded := settings.get(digest_name(name))):
+                raise RequestError(f"{name} has the sha256 {found}, the settings say {recorded}; give the same arrays")
+        if values["seed"] == [] and arrays.generator is None and arrays.latents is None:
+            raise RequestError("the settings have no seed: a generator or latents were given; give the same ones")
+        if values["seed"] == []:
+            values["seed"] = None
+        return make_request(manifest, CallOptions(**values), arrays)
 
 
 def _digests(**arrays: Array | None) -> dict[str, str]:
     """What stands for arrays that were given."""
     return {
-        f"{name}_sha256": hashlib.sha256(array.tobytes()).hexdigest()
+        digest_name(name): hashlib.sha256(array.tobytes()).hexdigest()
         for name, array in arrays.items()
         if array is not None
     }
 
 
-def make_request(
-    manifest: Manifest,
-    *,
-    prompt: Prompt | None,
-    negative_prompt: Prompt | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    num_videos_per_prompt: int = 1,
-    seed: int | Sequence[int] | None = None,
-    generator: Generator | Sequence[Generator] | None = None,
-    latents: NDArray[Any] | None = None,
-    prompt_embeds: NDArray[Any] | None = None,
-    negative_prompt_embeds: NDArray[Any] | None = None,
-    output_type: str = "np",
-    guidance_rescale: float = 0.0,
-    guidance_interval: Sequence[float] | None = None,
-    cfg_zero_star: bool = False,
-    zero_init_steps: int | None = None,
-    guidance_batch: bool | None = None,
-    step_cache: float | None = None,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-) -> Request:
-    """Validates a call and fills in the bundle's defaults; the arguments are those of the pipeline's call.
+def make_request(manifest: Manifest, options: CallOptions, arrays: CallArrays = NO_ARRAYS) -> Request:
+    """Checks a call's options against the model and the arrays, and fills in the bundle's defaults.
+
+    Args:
+        manifest: what the bundle declares.
+        options: what is asked for.
+        arrays: what takes the place of prompts, noise or seeds.
 
     Raises:
-        RequestError: a setting is invalid, or two of them contradict each other.
+        RequestError: a setting is invalid for the model, or two of them contradict each other.
     """
     defaults = manifest.defaults
-    if output_type not in OUTPUT_TYPES:
-        raise RequestError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}")
-    start = None if latents is None else _floats("latents", latents, 5)
-    height, width, num_frames = _sizes(manifest, start, height, width, num_frames)
-    custom: dict[str, Any] = {"timesteps": _levels("timesteps", timesteps), "sigmas": _levels("sigmas", sigmas)}
-    steps = _steps(defaults.num_inference_steps, num_inference_steps, custom)
-    scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    guidance = make_guidance(scale, guidance_rescale, guidance_interval, cfg_zero_star, zero_init_steps)
-    count, texts = _texts(manifest, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-    copies = _positive("num_videos_per_prompt", num_videos_per_prompt, 1)
-    videos = count * copies
+    start = None if arrays.latents is None else _floats("latents", arrays.latents, 5)
+    height, width, num_frames = _sizes(manifest, start, options)
+    count, texts = _texts(manifest, options, arrays)
+    videos = count * options.num_videos_per_prompt
     if start is not None and len(start) != videos:
         raise RequestError(f"latents hold {len(start)} videos, the request {videos}; give one for each")
-    if generator is not None:
-        check_generators(generator, videos)
-        if seed is not None:
+    if arrays.generator is not None:
+        check_generators(arrays.generator, videos)
+        if options.seed is not None:
             raise RequestError("seed and generator were both given; give one of them")
+    timesteps, sigmas = (None if given is None else tuple(given) for given in (options.timesteps, options.sigmas))
+    levels, asked = timesteps or sigmas, options.num_inference_steps
     return Request(
         height=height,
         width=width,
         num_frames=num_frames,
-        num_inference_steps=steps,
-        guidance=guidance,
-        num_videos_per_prompt=copies,
-        seeds=_seeds(seed, videos, drawn=generator is not None or start is not None),
-        output_type=output_type,
+        num_inference_steps=check_steps(len(levels) if levels else asked or defaults.num_inference_steps),
+        guidance=options.guidance(defaults.guidance_scale),
+        num_videos_per_prompt=options.num_videos_per_prompt,
+        seeds=_seeds(options.seed, videos, drawn=arrays.generator is not None or start is not None),
+        output_type=options.output_type,
         latents=start,
-        guidance_batch=_switch("guidance_batch", guidance_batch),
-        step_cache=check_threshold(step_cache),
+        guidance_batch=options.guidance_batch,
+        step_cache=options.step_cache or 0.0,
+        timesteps=timesteps,
+        sigmas=sigmas,
         **texts,
-        **custom,
     )
-
-
-def make_guidance(
-    scale: float, rescale: float, interval: Sequence[float] | None, cfg_zero_star: bool, zero_init_steps: int | None
-) -> Guidance:
-    """The guidance that a call's arguments describe; what is None takes its default.
-
-    Raises:
-        RequestError: a value is out of its range.
-    """
-    if zero_init_steps is None:
-        zero_init_steps = ZERO_INIT_STEPS if as_flag(cfg_zero_star) else 0
-    whole = WHOLE if interval is None else interval
-    return Guidance(scale, rescale, whole, cfg_zero_star, zero_init_steps)  # type: ignore[arg-type]  # checked there
 
 
 def check_latents(model: ModelSpec, latents: NDArray[Any], videos: int | None = None) -> Array:
@@ -211,7 +227,7 @@ def check_latents(model: ModelSpec, latents: NDArray[Any], videos: int | None = 
 
 
 def make_noise(
-    request: Request, shape: tuple[int, ...], generator: Generator | Sequence[Generator] | None
+    request: Request, model: ModelSpec, generator: Generator | Sequence[Generator] | None
 ) -> tuple[Array, list[Generator]]:
     """The latents to start from, and the generators that go on drawing for stochastic samplers.
 
@@ -219,7 +235,7 @@ def make_noise(
 
     Args:
         request: its seeds are used where `generator` is None.
-        shape: (B, C, F, H, W).
+        model: whose latents they are.
         generator: instead of the request's seeds.
 
     Raises:
@@ -228,62 +244,19 @@ def make_noise(
     if generator is None:
         generators = [Generator(seed) for seed in request.seeds]
     else:
-        generators = check_generators(generator, shape[0])
+        generators = check_generators(generator, request.batch)
     if request.latents is not None:
         return request.latents.copy(), generators
-    return randn_for(shape, generators), generators
-
-
-def _steps(default: int, asked: int | None, custom: Mapping[str, Sequence[float] | None]) -> int:
-    """Steps of the request: as many as there are custom timesteps or sigmas, where there are any."""
-    given = {name: values for name, values in custom.items() if values is not None}
-    if len(given) > 1:
-        raise RequestError("timesteps and sigmas were both given; give one of them")
-    for name, values in given.items():
-        if asked is not None:
-            raise RequestError(
-                f"{len(values)} {name} and num_inference_steps {asked!r} were both given; leave num_inference_steps out"
-            )
-        return check_steps(len(values))
-    return check_steps(default if asked is None else asked)
-
-
-def _levels(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
-    """Custom timesteps or sigmas; that they fall, and suit the scheduler, is for the scheduler to say."""
-    if values is None:
-        return None
-    several = isinstance(values, (list, tuple)) or (isinstance(values, np.ndarray) and values.ndim == 1)
-    items = list(values) if several else []
-
-    levels = tuple(level for item in items if (level := as_number(item)) is not None)
-    if not items or len(levels) != len(items):
-        raise RequestError(f"{name} is {values!r}; expected a list of numbers, such as [1000, 750, 500, 250]")
-    return levels
-
-
-def _switch(name: str, value: bool | None) -> bool | None:
-    flag = as_flag(value)
-    if value is not None and flag is None:
-        raise RequestError(f"{name} is {value!r}; expected True, False, or None to let it be chosen")
-    return flag
-
-
-def _positive(name: str, value: int | None, default: int) -> int:
-    number = as_integer(default if value is None else value)
-    if number is None or number < 1:
-        raise RequestError(f"{name} is {value!r}; expected an integer of 1 or more")
-    return number
+    return randn_for(request.latent_shape(model), generators), generators
 
 
 def _seeds(seed: int | Sequence[int] | None, videos: int, *, drawn: bool) -> tuple[int, ...]:
-    several = isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
-    if seed is None or (not several and check_seed(seed) == RANDOM_SEED):  # type: ignore[arg-type]
+    if seed is None or seed == RANDOM_SEED:
         return () if drawn else (_draw(),)
-    given: tuple[Any, ...] = tuple(seed) if several else (seed,)  # type: ignore[arg-type]
+    given = (seed,) if isinstance(seed, int) else tuple(seed)
     if len(given) not in (1, videos):
         raise RequestError(f"{len(given)} seeds were given for {videos} videos; give one, or one for each")
-    seeds = (check_seed(item) for item in given)
-    return tuple(_draw() if item == RANDOM_SEED else item for item in seeds)
+    return tuple(_draw() if item == RANDOM_SEED else item for item in given)
 
 
 def _draw() -> int:
@@ -292,18 +265,16 @@ def _draw() -> int:
 
 def _texts(
     manifest: Manifest,
-    prompt: Prompt | None,
-    prompt_embeds: NDArray[Any] | None,
-    negative_prompt: Prompt | None,
-    negative_prompt_embeds: NDArray[Any] | None,
+    options: CallOptions,
+    arrays: CallArrays,
 ) -> tuple[int, dict[str, Any]]:
     """The number of prompts, and the request's fields about them: a negative one for each."""
     dim = manifest.model.text.dim
-    prompts, embeds = _text("prompt", prompt, prompt_embeds, dim)
+    prompts, embeds = _text("prompt", options.prompt, arrays.prompt_embeds, dim)
     if not prompts and embeds is None:
         raise RequestError("neither prompt nor prompt_embeds was given; give one of them")
     count = len(prompts) if embeds is None else len(embeds)
-    negatives, negative_embeds = _text("negative_prompt", negative_prompt, negative_prompt_embeds, dim)
+    negatives, negative_embeds = _text("negative_prompt", options.negative_prompt, arrays.negative_prompt_embeds, dim)
     if negative_embeds is None:
         negatives = negatives or (manifest.defaults.negative_prompt,)
         negatives = negatives * count if len(negatives) == 1 else negatives
@@ -328,14 +299,7 @@ def _text(
         if array.shape[2] != dim or 0 in array.shape:
             raise RequestError(f"{name}_embeds has shape {list(array.shape)}; expected (videos, positions, {dim})")
         return (), array
-    if text is None:
-        return (), None
-    items = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, (list, tuple)) else ()
-    if not items or not all(isinstance(item, str) for item in items):
-        raise RequestError(f"{name} is {text!r}; expected text or a list of texts")
-    for item in items:
-        check_text(name, item)
-    return items, None
+    return () if text is None else (text,) if isinstance(text, str) else tuple(text), None
 
 
 def _floats(name: str, array: NDArray[Any], dims: int) -> Array:
@@ -351,26 +315,22 @@ def _floats(name: str, array: NDArray[Any], dims: int) -> Array:
     return floats
 
 
-def _sizes(
-    manifest: Manifest, latents: Array | None, height: int | None, width: int | None, num_frames: int | None
-) -> tuple[int, int, int]:
+def _sizes(manifest: Manifest, latents: Array | None, options: CallOptions) -> tuple[int, int, int]:
     """Height, width and frames: those of the latents, those asked for, or the bundle's."""
+    defaults = manifest.defaults
+    asked = (options.height, options.width, options.num_frames)
     if latents is not None:
-        height, width, num_frames = _sizes_of(latents, manifest, height, width, num_frames)
-    height = _positive("height", height, manifest.defaults.height)
-    width = _positive("width", width, manifest.defaults.width)
-    num_frames = _positive("num_frames", num_frames, manifest.defaults.num_frames)
+        asked = _sizes_of(latents, manifest, asked)
+    known = (defaults.height, defaults.width, defaults.num_frames)
+    height, width, num_frames = (known[i] if size is None else size for i, size in enumerate(asked))
     manifest.model.check_size(height, width, num_frames)
     return height, width, num_frames
 
 
-def _sizes_of(
-    latents: Array, manifest: Manifest, height: int | None, width: int | None, num_frames: int | None
-) -> tuple[int, int, int]:
+def _sizes_of(latents: Array, manifest: Manifest, asked: tuple[int | None, ...]) -> tuple[int, int, int]:
     """The video size that latents stand for; sizes given along with them must agree."""
     model = manifest.model
     channels, sizes, known = latents.shape[1], model.video_size(latents.shape), model.latents.channels
-    asked = (height, width, num_frames)
     if channels != known or any(a not in (None, b) for a, b in zip(asked, sizes, strict=True)):
         raise RequestError(
             f"latents {list(latents.shape)} are those of a {sizes[1]}x{sizes[0]} video of {sizes[2]} frames with "

@@ -6,7 +6,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator as FrameGenerator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,28 @@ from t2v_rt.runtime.stages import Progress, Stages
 from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
-Callback = Callable[[int, float, dict[str, Any]], Mapping[str, Any] | None]
+FrameIterator = FrameGenerator[NDArray[Any], None, None]
+StepCallback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]  # given the pipeline
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class CallHooks:
+    """What a call tells on its way, and what can change or end it.
+
+    Args:
+        callback_on_step_end: called as `f(pipe, step, timestep, tensors)` after each step; tensors it returns
+            (`latents`, `prompt_embeds`, `negative_prompt_embeds`) replace the current ones.
+        callback_on_step_end_tensor_inputs: names of the tensors that callback_on_step_end is given.
+        progress: called as `f(stage, done, total)`.
+        cancel: event that is looked at before each denoiser call and each chunk of the VAE; once it is set, the call,
+            or the next frame that is asked for, ends in CancelledError.
+    """
+
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    progress: Progress | None = None
+    cancel: threading.Event | None = None
 
 
 class Run:
@@ -42,10 +64,8 @@ class Run:
         scheduler: this run's own.
         request: what is asked for.
         plan: of its memory, which it follows.
-        callback: called as `f(step, timestep, tensors)` at each step's end, or None.
-        callback_tensors: names of the tensors the callback is given.
-        progress: of all stages, or None.
-        cancel: stops the run where it is set, or None.
+        hooks: what it tells, and what can change or end it.
+        owner: the pipeline that the step callback is given.
 
     Raises:
         RequestError: an unknown callback tensor, no event, or timesteps or sigmas that the scheduler does not take.
@@ -58,13 +78,10 @@ class Run:
         scheduler: Scheduler[Any],
         request: Request,
         plan: MemoryPlan,
-        *,
-        callback: Callback | None = None,
-        callback_tensors: Sequence[str] = (),
-        progress: Progress | None = None,
-        cancel: threading.Event | None = None,
+        hooks: CallHooks,
+        owner: Any,
     ) -> None:
-        unknown = set(callback_tensors) - set(CALLBACK_TENSORS)
+        unknown = set(hooks.callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
         if unknown:
             raise RequestError(
                 f"callback tensors {sorted(unknown)} are unknown; expected {', '.join(CALLBACK_TENSORS)}"
@@ -75,15 +92,16 @@ class Run:
         self._scheduler = scheduler
         self.request = request
         self.plan = plan
-        self._callback = callback
-        self._callback_tensors = tuple(callback_tensors)
-        self._progress = progress or (lambda stage, done, total: None)
-        self._cancel = check_event(cancel)
+        self._hooks = hooks
+        self._owner = owner
+        self._progress = hooks.progress or (lambda stage, done, total: None)
+        self._cancel = check_event(hooks.cancel)
         self.scheduler_settings = self._scheduler.settings()
         _set_timesteps(scheduler, request)
         self._cache = StepCache(request.step_cache, len(scheduler.timesteps))
         self.seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.step_calls: list[int] = []
+        self.latents: Array | None = None
 
     @property
     def skipped_calls(self) -> int:
@@ -122,13 +140,28 @@ class Run:
         with self._timed("encode"):
             conditional, unconditional = self._encode()
         with self._timed("denoise"):
-            latents, generators = make_noise(self.request, self._latent_shape(), generator)
+            latents, generators = make_noise(self.request, self._stages.manifest.model, generator)
             return self._denoise(latents, Prompts(conditional, unconditional), generators)
 
-    def _latent_shape(self) -> tuple[int, ...]:
-        request = self.request
-        model = self._stages.manifest.model
-        return model.latent_shape(request.batch, request.height, request.width, request.num_frames)
+    def sampled(self, generator: Generator | Sequence[Generator] | None) -> Array:
+        """Begins the run and samples, if that has not been done; what fails ends it."""
+        if self.latents is None:
+            self.begin()
+            try:
+                self.latents = self.sample(generator)
+            except BaseException:
+                self.end()
+                raise
+        return self.latents
+
+    def frames(self, generator: Generator | Sequence[Generator] | None) -> FrameIterator:
+        """The frames of the one video, in the form that was asked for; the run ends with them."""
+        latents = self.sampled(generator)
+        try:
+            for chunk in self.chunks(latents):
+                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
+        finally:
+            self.end()
 
     def _encode(self) -> tuple[Array, Array | None]:
         """Conditional and, with guidance, unconditional embeddings, one row per video."""
@@ -175,16 +208,17 @@ class Run:
                 check_finite(prediction, "denoise", f"step {i + 1} of the denoiser")
                 latents = scheduler.step(prediction, t, latents, generator=generator).prev_sample
                 # 4. the caller's turn: to look, to change tensors, to cancel
-                if self._callback is not None:
+                if self._hooks.callback_on_step_end is not None:
                     latents, denoiser.prompts = self._call_back(i, t, latents, denoiser.prompts)
                 self._progress("denoise", i + 1, count)
         return latents
 
     def _call_back(self, step: int, t: float, latents: Array, prompts: Prompts) -> tuple[Array, Prompts]:
-        assert self._callback is not None
+        callback, names = self._hooks.callback_on_step_end, self._hooks.callback_on_step_end_tensor_inputs
+        assert callback is not None
         tensors = dict(zip(CALLBACK_TENSORS, (latents, prompts.embeds, prompts.negative_embeds), strict=True))
-        given = {name: tensors[name] for name in self._callback_tensors}
-        changed = _changed_tensors(self._callback(step, t, given), tensors)
+        given = {name: tensors[name] for name in names}
+        changed = _changed_tensors(callback(self._owner, step, t, given), tensors)
         moved, embeds, negative = (changed[name] for name in CALLBACK_TENSORS)
         assert moved is not None
         assert embeds is not None
@@ -258,17 +292,15 @@ class FrameStream(Iterator[NDArray[Any]]):
     Attributes:
         request: the validated request.
         settings: everything that determines the result, as plain JSON values.
-        latents: float32 (1, C, F, H, W) once sampling is done.
     """
 
-    def __init__(self, run: Run, generator: Generator | None = None) -> None:
+    def __init__(self, run: Run, generator: Generator | Sequence[Generator] | None = None) -> None:
         self._run = run
         self._generator = generator
         self.request = run.request
         self.settings = run.request.settings(run.scheduler_settings)
-        self.latents: Array | None = None
-        self._frames = self._make()
-        weakref.finalize(self, run.end)  # of a stream that nobody holds any more
+        self._frames = run.frames(generator)
+        self._end = weakref.finalize(self, _finish, self._frames, run)  # also where nobody holds the stream any more
 
     @property
     def stage_seconds(self) -> Mapping[str, float]:
@@ -288,37 +320,31 @@ class FrameStream(Iterator[NDArray[Any]]):
     def __next__(self) -> NDArray[Any]:
         return next(self._frames)
 
+    @property
+    def latents(self) -> Array | None:
+        """float32 (1, C, F, H, W) once sampling is done."""
+        return self._run.latents
+
     def sample(self) -> Array:
         """Encodes and denoises, if that has not been done, and returns the latents."""
-        if self.latents is None:
-            self._run.begin()
-            try:
-                self.latents = self._run.sample(self._generator)
-            except BaseException:
-                self._run.end()
-                raise
-        return self.latents
-
-    def _make(self) -> Iterator[NDArray[Any]]:
-        latents = self.sample()
-        try:
-            for chunk in self._run.chunks(latents):
-                yield from to_uint8(chunk) if self.request.output_type == "uint8" else chunk
-        finally:
-            self._run.end()
+        return self._run.sampled(self._generator)
 
     def close(self) -> None:
         """Ends the video early and releases its state."""
-        self._frames.close()  # type: ignore[attr-defined]
-        self._run.end()  # where no frame was asked for yet
+        self._end()
+
+
+def _finish(frames: FrameIterator, run: Run) -> None:
+    """Ends a video where it stands, also one of which no frame was asked for."""
+    frames.close()
+    run.end()
 
 
 def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> TextToVideoOutput:
     """Carries a run out, and gathers what a call gives back."""
     request, kind = run.request, run.request.output_type
-    run.begin()
     try:
-        latents = run.sample(generator)
+        latents = run.sampled(generator)
         frames: Any = latents if kind == "latent" else collect(run, latents, kind)
     finally:
         run.end()

@@ -5,20 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from t2v_rt import console
-from t2v_rt.errors import EngineError, RequestError, T2VError
+from t2v_rt.commands import COMMANDS, command_of
+from t2v_rt.errors import RequestError, T2VError, VerificationError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
-BUILD_EXAMPLE = "example: t2v-rt build-engines demo/bouncing-shapes --output build/demo"
-GENERATE_EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
-ENCODE_EXAMPLE = 'example: t2v-rt encode "a red ball bouncing" --engines build/demo --output ball.npz'
-INSPECT_EXAMPLE = "example: t2v-rt inspect build/demo"
-PLAN_EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
-VERIFY_EXAMPLE = "example: t2v-rt verify build/demo"
-DOCTOR_EXAMPLE = "example: t2v-rt doctor"
+EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,11 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.prepare_streams()
     with console.ended_by_signals() as ending:
         try:
-            options = make_parser().parse_args(arguments)
-            if options.json:
+            parsed = make_parser(arguments).parse_args(arguments)
+            if parsed.json:
                 console.check_output_is_open()
-            command: Callable[[argparse.Namespace], None] = options.command
-            command(options)
+            _run(parsed)
         except (KeyboardInterrupt, Exception) as exc:
             if ending.came or isinstance(exc, KeyboardInterrupt):
                 console.tell(f"t2v-rt: interrupted{_notes(exc)}")
@@ -67,31 +61,36 @@ def _notes(error: BaseException) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands, and the options of the one that is asked for.
+
+    Args:
+        arguments: that will be parsed.
+    """
     from t2v_rt import __version__
 
-    parser = Parser(prog="t2v-rt", description="Text-to-video on 8 GB cards, or on the CPU.", epilog=GENERATE_EXAMPLE)
+    parser = Parser(prog="t2v-rt", description="Text-to-video on 8 GB cards, or on the CPU.", epilog=EXAMPLE)
     parser.add_argument("--version", action="version", version=f"t2v-rt {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_build(commands)
-    _add_encode(commands)
-    _add_generate(commands)
-    _add_inspect(commands)
-    _add_plan(commands)
-    _add_verify(commands)
-    _command(commands, "doctor", run_doctor, "Tell what of this machine can be used, and why not.", DOCTOR_EXAMPLE)
+    asked = next((word for word in arguments if not word.startswith("-")), "")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=name)
+        command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        command.add_argument("--verbose", action="store_true", help="show where an unexpected error came from")
+        if name == asked:
+            command_of(name).declare(command)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Any:
-    parser = commands.add_parser(name, help=text, description=text, epilog=example)
-    parser.set_defaults(command=run)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--verbose", action="store_true", help="show where an unexpected error came from")
-    return parser
+def _run(parsed: argparse.Namespace) -> None:
+    """Runs the command and prints its report: one JSON object, in ASCII for any stream, or lines for a person."""
+    command = command_of(parsed.command)
 
+    def show(report: Mapping[str, Any]) -> None:
+        console.answer(json.dumps(report) if parsed.json else "\n".join(command.describe(report)))
 
+<<<<<<< HEAD
 def _add_build(commands: Any) -> None:
     text = "Export a checkpoint (safetensors) and build its engines; an ended build goes on where it was."
     add = _command(commands, "build-engines", run_build, text, BUILD_EXAMPLE).add_argument
@@ -388,3 +387,11 @@ def run_doctor(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> None:
     """Prints a result: one JSON object, in ASCII so that any stream can take it, or lines for a person."""
     console.answer(json.dumps(report) if options.json else "\n".join(lines))
+=======
+    try:
+        report = command.run(parsed)
+    except VerificationError as exc:
+        show(exc.report)
+        raise
+    show(report)
+>>>>>>> int

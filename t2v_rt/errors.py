@@ -8,13 +8,17 @@
     │   ├── BundleError       a bundle that cannot be opened: missing, edited, newer schema …
     │   └── BackendError      a backend that is unknown, not installed or not usable here
     ├── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
-    │   └── OutOfMemoryError  the device, or the machine, had no room for what an engine works in
+    │   ├── OutOfMemoryError  the device, or the machine, had no room for what an engine works in
+    │   └── VerificationError engines that do not give the answers of their reference
     └── CancelledError        a request that was stopped by the caller's own event (exit code 130)
 
 Every message is one line: what was found, what was expected, what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def type_of(value: object) -> str:
@@ -63,6 +67,19 @@ class EngineError(T2VError, RuntimeError):
 
 class OutOfMemoryError(EngineError):
     """A device had no room for an engine, its state or what it works in."""
+
+
+class VerificationError(EngineError):
+    """Engines do not give the answers of their reference.
+
+    Args:
+        message: which bundle's.
+        report: what each component answered, as plain JSON values.
+    """
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class CancelledError(T2VError):

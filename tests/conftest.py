@@ -108,6 +108,13 @@ def sharded(tiny: Tiny, make_sharded: Callable[[Tiny], Bundle]) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shared checkpoint, as plans for all GPUs."""
+    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
+    return build_engines(narrow.checkpoint, tmp_path_factory.mktemp("plans") / "bundle", backend="tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
 def pipe(narrow: Tiny) -> TextToVideoPipeline:
     """A pipeline on the shared bundle; tests give it back as they found it."""
     return TextToVideoPipeline.from_pretrained(narrow.bundle)

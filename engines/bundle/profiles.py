@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from t2v_rt.errors import RequestError
@@ -91,7 +93,7 @@ def check_profiles(profiles: Sequence[VideoProfile], height: int, width: int, nu
     Args:
         profiles: of the bundle.
         height: in pixels.
-        width: likewise.
+        width: in pixels.
         num_frames: of the video.
 
     Raises:
@@ -120,8 +122,8 @@ def parse_profiles(
 
     Args:
         height: in pixels; None for the default.
-        width: likewise.
-        num_frames: likewise, in frames.
+        width: in pixels; None for the default.
+        num_frames: in frames; None for the default.
         defaults: height, width and frames of what is left out.
 
     Returns:
@@ -185,3 +187,13 @@ class PlanSpec:
     weights_bytes: int
     fused_attention: bool
     nodes: Mapping[str, int] = field(default_factory=dict)
+
+
+def count_nodes(path: Path) -> dict[str, int]:
+    """Operator -> number of nodes of an ONNX graph; empty where the onnx package is not installed."""
+    try:
+        import onnx
+    except ImportError:
+        return {}
+    model = onnx.load(str(path), load_external_data=False)
+    return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))

@@ -13,10 +13,8 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.bundle.manifest import EmbeddingSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import option, require
@@ -136,22 +134,6 @@ def write_blocks(g: GraphWriter, config: TextEncoderConfig, blocks: range) -> No
 def embedding_name(weights: CheckpointWeights) -> str:
     """The tensor that is the table of token embeddings."""
     return next((name for name in EMBEDDING if name in weights), EMBEDDING[-1])
-
-
-def copy_embedding(weights: CheckpointWeights, config: TextEncoderConfig, folder: Path, path: str) -> EmbeddingSpec:
-    """Copies the table of token embeddings into a bundle, in the checkpoint's own dtype.
-
-    Args:
-        weights: of the text encoder.
-        config: of the encoder.
-        folder: of the bundle.
-        path: of the table inside it.
-
-    Raises:
-        CheckpointError: the tensor is missing or has the wrong shape.
-    """
-    dtype = weights.copy(embedding_name(weights), (config.vocab, config.dim), folder / path)
-    return EmbeddingSpec(path, dtype, config.vocab, config.dim)
 
 
 def _norm(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) -> str:

@@ -1,4 +1,4 @@
-"""Networks in single safetensors files with the names of Wan's own code, as ComfyUI repackages them.
+"""Names of Wan's own code for its networks' tensors, as ComfyUI repackages them in single files.
 
 Source of the names: Wan-Video/Wan2.1, `wan/modules/model.py`, `vae.py` and `t5.py`. Only names differ from diffusers'
 and transformers' checkpoints, no tensor's values or layout. A file that has their names already is taken as it is.
@@ -6,42 +6,20 @@ and transformers' checkpoints, no tensor's values or layout. A file that has the
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
-from t2v_rt.errors import CheckpointError
-from t2v_rt.export.altering import refuse_altering
-from t2v_rt.export.found_instead import APPLE_DOUBLE, absent, found_instead
-from t2v_rt.export.tensor_file import StoredTensor, read_header
-from t2v_rt.export.tensors import CheckpointWeights
-from t2v_rt.export.weight_names import PICKLES
+from t2v_rt.export.config import CheckpointConfigs
+from t2v_rt.export.single_files import SingleFiles
+from t2v_rt.export.wan import published
 
-logger = logging.getLogger(__name__)
 Rules = tuple[tuple[str, str], ...]
-WRAPPING = "model.diffusion_model."  # before each name where a denoiser was saved from within a training program
-NAMED = 3  # of unknown tensors, in an error
-NO_WEIGHTS = ("spiece_model",)  # the tokenizer, which ComfyUI stores as a tensor
-INSTEAD: Mapping[str, str] = {
-    "text_encoder": "umt5_xxl_fp16.safetensors",
-    "transformer": "wan2.1_t2v_1.3B_fp16.safetensors",
-    "vae": "wan_2.1_vae.safetensors",
-}
 # a tensor that tells the network: under Wan's names, and under those that need no change
 MARKS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("token_embedding.weight", "encoder.final_layer_norm.weight"),
     "transformer": ("head.modulation", "condition_embedder.time_proj.weight"),
     "vae": ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"),
-}
-OTHER_MODELS: Mapping[str, str] = {  # what begins so belongs to networks beside those of text-to-video
-    "img_emb.": "an image-to-video model",
-    "vace_blocks.": "a VACE model",
-    "face_adapter.": "a Wan-Animate model",
-    "control_adapter.": "a camera control model",
-    "decoder.upsamples.0.upsamples.": "the VAE of Wan2.2-TI2V-5B",
 }
 
 TRANSFORMER: Rules = (
@@ -95,47 +73,6 @@ VAE: Rules = (
 )
 
 
-def open_single_file(file: Path, network: str) -> CheckpointWeights:
-    """Opens a network's weights, its tensors under diffusers' names.
-
-    Args:
-        file: a safetensors file.
-        network: `text_encoder`, `transformer` or `vae`.
-
-    Raises:
-        CheckpointError: no such file, a pickle, damaged, quantized, of another network or model, or with names that
-            are not known.
-    """
-    if file.suffix in PICKLES:
-        raise CheckpointError(_refused_pickle(file, network))
-    if not file.is_file():
-        raise CheckpointError(f"{file} {absent(file)}; expected the weights of the {network} as .safetensors")
-    tensors = {name.removeprefix(WRAPPING): tensor for name, tensor in read_header(file).items()}
-    refuse_altering(tensors, INSTEAD[network])
-    found = identify(tensors)
-    other = next((model for start, model in OTHER_MODELS.items() if _any_starts(tensors, start)), None)
-    if other is not None:
-        raise CheckpointError(f"{file} is of {other}; supported: Wan2.1 text-to-video, such as {INSTEAD[network]}")
-    if found not in (network, None):
-        raise CheckpointError(f"{file} holds the {found}; expected the {network}, such as {INSTEAD[network]}")
-    kept = {name: tensor for name, tensor in tensors.items() if name not in NO_WEIGHTS}
-    names = renamed(network, kept)
-    unknown = [name for name, new in names.items() if new is None]
-    if found is None or unknown:
-        listed = ", ".join(repr(name) for name in (unknown or list(names))[:NAMED])
-        raise CheckpointError(
-            f"{file}: {len(unknown or names)} tensors are not known as Wan2.1's {network}: {listed} …; "
-            f"expected a file such as {INSTEAD[network]}"
-        )
-    return CheckpointWeights(file, [file], {str(new): kept[name] for name, new in names.items()})
-
-
-def identify(names: Iterable[str]) -> str | None:
-    """The network that tensors of these names belong to, or None."""
-    known = set(names)
-    return next((network for network, marks in MARKS.items() if not known.isdisjoint(marks)), None)
-
-
 def renamed(network: str, names: Iterable[str]) -> dict[str, str | None]:
     """Each name with diffusers' for it, None for those that are not known."""
     given = list(names)
@@ -179,99 +116,23 @@ def _vae_rename(names: Iterable[str]) -> Callable[[str], str | None]:
     return rename
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and below it, sorted; links are followed, and what they lead to is there once.
-
-    What macOS wrote beside files is left out; links to nothing are not.
-    """
-    found: dict[str, Path] = {}
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)  # which gives in where links lead round, as pathlib does not
-        if real in seen:  # by another link, or a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        for name in sorted(names):
-            if not name.startswith(APPLE_DOUBLE):
-                file = Path(place, name)
-                found.setdefault(os.path.realpath(file), file)
-    return sorted(found.values())
-
-
-def find_single_files(folder: Path, networks: Iterable[str]) -> dict[str, Path]:
-    """The single file of each network in a folder or below it.
-
-    Args:
-        folder: such as ComfyUI's `models`, or what one downloaded of its repackaged files.
-        networks: to look for.
-
-    Returns:
-        Network -> file, for all of them.
-
-    Raises:
-        CheckpointError: a network has no file that can be read, several, or only a pickle.
-    """
-    found: dict[str, list[Path]] = {network: [] for network in networks}
-    files = files_below(folder)
-    networks_of, unreadable = _identified(file for file in files if file.suffix == ".safetensors")
-    for file, network in networks_of.items():
-        if network in found:
-            found[network].append(file)
-    for network, candidates in found.items():
-        if len(candidates) > 1:
-            listed = ", ".join(str(file.relative_to(folder)) for file in candidates[:NAMED])
-            option = network.replace("_", "-")
-            raise CheckpointError(
-                f"{folder}: {len(candidates)} files hold a {network} ({listed}); name one: --{option} FILE"
-            )
-    missing = [network for network, candidates in found.items() if not candidates]
-    if missing:
-        raise CheckpointError(_nothing_found(folder, files, unreadable, missing, only_some=len(missing) < len(found)))
-    for reason in unreadable:
-        logger.info("passed over: %s", reason)
-    return {network: candidates[0] for network, candidates in found.items()}
-
-
-def _identified(files: Iterable[Path]) -> tuple[dict[Path, str], list[str]]:
-    """File -> network of those that hold one, and why others cannot be read."""
-    found, unreadable = {}, []
-    for file in files:
-        try:
-            network = identify(name.removeprefix(WRAPPING) for name in read_header(file))
-        except CheckpointError as exc:
-            unreadable.append(str(exc))
-            continue
-        if network is not None:
-            found[file] = network
-    return found, unreadable
-
-
-def _nothing_found(
-    folder: Path, files: Iterable[Path], unreadable: list[str], missing: list[str], *, only_some: bool
-) -> str:
-    """Why a folder has no file of a network, as far as its other files tell."""
-    if unreadable:
-        more = f" ({len(unreadable) - 1} other files cannot be read either)" if len(unreadable) > 1 else ""
-        return f"{folder}: no single file of the {missing[0]} can be read: {unreadable[0]}{more}"
-    for file in files:
-        if only_some and file.suffix in PICKLES:
-            return _refused_pickle(file, missing[0])
-        if file.suffix == ".gguf" and file.is_file() and (instead := found_instead(file)) is not None:
-            return f"{file} {instead}, such as {INSTEAD[missing[0]]}"
-    return (
-        f"{folder}: no model_index.json, and no single file of the {missing[0]}; expected a checkpoint in diffusers "
-        f"layout, or files such as {', '.join(INSTEAD[network] for network in missing)}"
-    )
-
-
-def _refused_pickle(file: Path, network: str) -> str:
-    return (
-        f"{file} is a pickle, which can run code when it is loaded; use {INSTEAD[network]} of ComfyUI's repackaged "
-        "files instead, or the checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    )
-
-
-def _any_starts(tensors: Mapping[str, StoredTensor], start: str) -> bool:
-    return any(name.startswith(start) for name in tensors)
+SINGLE_FILES = SingleFiles(
+    model="Wan2.1",
+    configs=CheckpointConfigs("Wan2.1-T2V-1.3B", published.INDEX, published.CONFIGS, published.SCHEDULER, {}),
+    repository="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    examples={
+        "text_encoder": "umt5_xxl_fp16.safetensors",
+        "transformer": "wan2.1_t2v_1.3B_fp16.safetensors",
+        "vae": "wan_2.1_vae.safetensors",
+    },
+    marks=MARKS,
+    others={
+        "img_emb.": "an image-to-video model",
+        "vace_blocks.": "a VACE model",
+        "face_adapter.": "a Wan-Animate model",
+        "control_adapter.": "a camera control model",
+        "decoder.upsamples.0.upsamples.": "the VAE of Wan2.2-TI2V-5B",
+    },
+    no_weights=("spiece_model",),  # the tokenizer, which ComfyUI stores as a tensor
+    renamed=renamed,
+)

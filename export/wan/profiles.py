@@ -105,10 +105,10 @@ def component_forms(
                 for symbol in firsts
                 if firsts[symbol].fixed and all(sizes[symbol] == firsts[symbol] for sizes in profiles)
             }
-            slices, rows = 1, None
+            slices = 1
             if name == "transformer":
-                slices, rows = _slices(model, profiles, ffn_dim), model.text.length
-            forms.setdefault(name, {})[role] = Form(fixed, slices, rows, float32_matmul)
+                fixed["text"], slices = model.text.length, _slices(model, profiles, ffn_dim)
+            forms.setdefault(name, {})[role] = Form(fixed, slices, float32_matmul)
     return forms
 
 

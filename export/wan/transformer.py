@@ -33,6 +33,7 @@ from t2v_rt.export.config import option, require
 from t2v_rt.export.graph import GraphWriter, transpose
 from t2v_rt.export.tensors import Transform
 
+TEXT_LENGTH = 512  # the pipeline's max_sequence_length; the denoiser was trained on text padded to it
 ROPE_THETA = 10000.0
 MAX_PERIOD = 10000.0  # of the sinusoidal time embedding
 
@@ -92,7 +93,7 @@ class TransformerConfig:
 def input_specs(config: TransformerConfig, text_rows: int | None = None) -> list[TensorSpec]:
     """The denoiser's inputs: latents, timestep in 0..1000, text embeddings, and the bias of each text position.
 
-    There is no bias where the text has a fixed number of rows.
+    There is no bias where the text always comes padded to a fixed number of rows.
     """
     specs = [
         TensorSpec("hidden_states", "float32", ("batch", config.in_channels, "frames", "height", "width")),
@@ -108,7 +109,7 @@ def output_spec(config: TransformerConfig) -> TensorSpec:
 
 def write_transformer(g: GraphWriter, config: TransformerConfig) -> None:
     """Writes the whole denoiser into `g`: `input_specs` in, `output_spec` out."""
-    latents, timestep, text, *text_bias = (g.input(spec) for spec in input_specs(config, g.form.text_rows))
+    latents, timestep, text, *text_bias = (g.input(spec) for spec in input_specs(config, g.form.sizes.get("text")))
     batch = g.dim(latents, 0)
     grid = [_divide(g, g.dim(latents, axis), size) for axis, size in zip((2, 3, 4), config.patch, strict=True)]
 

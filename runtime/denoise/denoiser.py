@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.contract import Component
 from t2v_rt.runtime.cancel import check_cancelled
+from t2v_rt.runtime.denoise.guidance import Guidance
 from t2v_rt.runtime.families import TextRule
 
 Array = NDArray[np.float32]
@@ -26,7 +27,7 @@ class Prompts:
 
     Args:
         embeds: float32 (B, L, D).
-        negative_embeds: likewise, or None without guidance.
+        negative_embeds: float32 (B, L, D), or None without guidance.
     """
 
     embeds: Array
@@ -116,6 +117,7 @@ class Denoiser:
         return prediction
 
 
+<<<<<<< HEAD
 def one_batch_is_faster(own_memory: bool, tokens: int) -> bool:
     """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked.
 
@@ -124,3 +126,24 @@ def one_batch_is_faster(own_memory: bool, tokens: int) -> bool:
         tokens: of all videos together.
     """
     return not own_memory and tokens <= ONE_BATCH_TOKENS
+=======
+def guidance_batches(guidance: Guidance, asked: bool | None, where: str, tokens: int) -> tuple[bool, ...]:
+    """Whether both predictions of a step may be made in one batch, the better way first.
+
+    Args:
+        guidance: that needs them.
+        asked: what the caller chose, or None.
+        where: the denoiser runs: `card`, or ONNX Runtime's provider.
+        tokens: of one prediction.
+    """
+    if not guidance.needs_negative:
+        return (False,)
+    if asked is not None:
+        return (asked,)
+    return (True, False) if one_batch_is_faster(where, tokens) else (False,)
+
+
+def one_batch_is_faster(provider: str, tokens: int) -> bool:
+    """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked."""
+    return tokens <= ONE_BATCH_TOKENS.get(provider, 0)
+>>>>>>> int

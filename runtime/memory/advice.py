@@ -1,12 +1,17 @@
-"""What would fit where a request does not."""
+"""Whether a request fits in memory, and what would where it does not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import holds
-from t2v_rt.runtime.memory.plan import make_plan
+from t2v_rt.errors import RequestError
+from t2v_rt.runtime.decode.tiles import parse_grid
+from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes, to_json
+from t2v_rt.runtime.options import CallOptions
+from t2v_rt.runtime.request import Request, make_request
 
 SHRINK = 0.9  # of height and width, from one try to the next
 
@@ -21,8 +26,8 @@ def largest_fitting(
     Args:
         manifest: of the bundle.
         height: in pixels, of the request that does not fit.
-        width: likewise.
-        num_frames: likewise.
+        width: in pixels, of the request that does not fit.
+        num_frames: of the request that does not fit.
         budget: bytes.
         own_memory: as `make_plan` takes it.
 
@@ -43,6 +48,70 @@ def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
         return "no video of this model fits"
     built = "" if holds(manifest.profiles, **best) else ", by engines built for it"
     return f"{best['width']}x{best['height']} with {best['num_frames']} frames would fit{built} (an estimate)"
+
+
+def check_room(
+    manifest: Manifest, request: Request, plan: MemoryPlan, available: int | None, budget: int | None
+) -> None:
+    """Refuses a request that cannot fit.
+
+    Args:
+        manifest: of the bundle.
+        request: whose memory is planned.
+        plan: of the request's memory.
+        available: bytes of the machine's memory, where engines work in it, else None.
+        budget: bytes that engines may take, or None.
+
+    Raises:
+        RequestError: more is needed than there is or the budget allows; names the largest video that fits.
+    """
+    size = request.height, request.width, request.num_frames
+    checks = [] if available is None else [(plan.host_bytes, available, "the memory available")]
+    checks += [] if budget is None else [(plan.least_bytes, budget, "the budget")]
+    for needed, room, what in checks:
+        if needed > room:
+            best = largest_fitting(manifest, *size, room)
+            raise RequestError(plan.refusal(needed, room, what, advise(manifest, best)))
+
+
+def plan_request(
+    manifest: Manifest,
+    options: CallOptions,
+    *,
+    vram_budget: str | int | None = None,
+    vae_tiles: str | None = None,
+) -> dict[str, Any]:
+    """Plans a request of a bundle that is known by its manifest alone.
+
+    Args:
+        manifest: of the bundle.
+        options: whose size is planned; the bundle's where there is none.
+        vram_budget: memory of the card, bytes or text such as `8GiB`.
+        vae_tiles: tiles of the VAE decoder, such as `2x3`; None for the coarsest grid that keeps to the budget.
+
+    Returns:
+        `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it; and where it does not fit,
+        `largest_fitting`: the size and frames of one that does, or None; `advice` says it in words.
+
+    Raises:
+        RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
+    """
+    request = make_request(manifest, options)
+    budget = None if vram_budget is None else parse_bytes(vram_budget)
+    grid = None if vae_tiles is None else parse_grid(vae_tiles)
+    size = request.height, request.width, request.num_frames
+    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
+    report = {
+        "backend": manifest.backend,
+        "height": size[0],
+        "width": size[1],
+        "num_frames": size[2],
+        **to_json(made),
+    }
+    if not made.fits and budget is not None:
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
+        report["advice"] = advise(manifest, best)
+    return report
 
 
 def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> Iterator[tuple[int, int, int]]:

@@ -7,44 +7,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2v_rt.build import BuildRequest
+from t2v_rt.build import prepare
 from t2v_rt.build.needs import estimate_needs
-from t2v_rt.commands.plan import describe as describe_plan
-from t2v_rt.commands.plan import plan_request
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
+from t2v_rt.runtime.memory.advice import plan_request
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.system.files import free_disk_bytes
 from t2v_rt.system.resources import available_memory_bytes
 
 if TYPE_CHECKING:
-    from t2v_rt.build.job import BuildJob, Part
+    from t2v_rt.build.job import BuildJob
+    from t2v_rt.build.units import Unit
 
-GB = 1e9
 
-
-def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str, Any]:
+def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str, Any]:
     """Estimates a build; nothing is downloaded or written.
 
     Args:
-        request: as for a build.
+        options: what is asked of the build.
         output: folder that the bundle would be written to, for the free disk; None for the current folder.
 
     Returns:
-        What `plan` returns for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the build) and
-        `free_disk_bytes`, `available_memory_bytes`.
+        What the command `plan` reports for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the
+        build) and `free_disk_bytes`, `available_memory_bytes`.
 
     Raises:
-        InputError: as `build_engines`.
+        InputError: the checkpoint or an option cannot be used; `build_engines` tells the kinds.
     """
-    job, manifest = replace(request, estimate=True).prepare()
-    parts = job.parts(manifest)
-    outline = job.outline(parts)
-    specs = [_with_plans(job, part, spec) for part, spec in zip(parts, outline, strict=True)]
+    job, manifest = prepare(options, estimate=True)
+    units = job.units(manifest)
+    outline = job.outline(units)
+    specs = [_with_plans(job, unit, spec) for unit, spec in zip(units, outline, strict=True)]
     components = {
-        name: ComponentSpec.joined([spec for part, spec in zip(parts, specs, strict=True) if part.component == name])
-        for name in dict.fromkeys(part.component for part in parts)
+        name: ComponentSpec.joined([spec for unit, spec in zip(units, specs, strict=True) if unit.component == name])
+        for name in dict.fromkeys(unit.component for unit in units)
     }
-    report = plan_request(manifest.with_components(components), vram_budget=request.vram_budget)
+    whole = manifest.with_components(components)
+    report = plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
     needs = estimate_needs(job, outline)
     return {
         **report,
@@ -55,30 +56,18 @@ def dry_run(request: BuildRequest, output: str | Path | None = None) -> dict[str
     }
 
 
-def describe(report: Mapping[str, Any]) -> list[str]:
-    """The estimate for a person."""
-    return [
-        "an estimate; nothing was built",
-        *describe_plan(report),
-        f"to build  {report['disk_bytes'] / GB:.3g} GB of disk, {report['free_disk_bytes'] / GB:.3g} are free; "
-        f"{report['memory_bytes'] / GB:.3g} GB of memory, {report['available_memory_bytes'] / GB:.3g} are available",
-    ]
-
-
-def _with_plans(job: BuildJob, part: Part, spec: ComponentSpec) -> ComponentSpec:
-    """The outline of a part with the plans that would be built of it; of a part for ONNX Runtime, itself."""
-    if not part.ranges:
+def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec:
+    """The outline of a unit with the plans that would be built of it; of a unit for ONNX Runtime, itself."""
+    if not unit.ranges:
         return spec
     graphs = {}
     for role, graph in spec.graphs.items():
-        profiles = tuple(PlanProfile(dict(ranges), _context(job, part, role, ranges)) for ranges in part.ranges[role])
+        profiles = tuple(PlanProfile(dict(ranges), _context(job, unit, role, ranges)) for ranges in unit.ranges[role])
         graphs[role] = replace(graph, plan=PlanSpec(profiles, graph.weights_bytes, fused_attention=True))
     return replace(spec, graphs=graphs, weights_bytes=sum(graph.weights_bytes for graph in graphs.values()))
 
 
-def _context(job: BuildJob, part: Part, role: str, ranges: Mapping[str, Range]) -> int:
-    from t2v_rt.export.wan.contexts import estimate_context
-
+def _context(job: BuildJob, unit: Unit, role: str, ranges: Mapping[str, Range]) -> int:
     largest = {symbol: sizes.max for symbol, sizes in ranges.items()}
-    form = None if part.forms is None else part.forms[role]
-    return estimate_context(job.configs, part.component, role, largest, form)
+    form = None if unit.forms is None else unit.forms[role]
+    return job.configs.context(unit.component, role, largest, form)

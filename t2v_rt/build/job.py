@@ -1,4 +1,4 @@
-"""One build: what it is made from, and how each of its parts is made."""
+"""One build: what it is made from, and how each of its units is made."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.build.options import BuildOptions
+from t2v_rt.build.units import Unit, graph_units, plan_units
 from t2v_rt.build.work_folder import Work
+<<<<<<< HEAD
 from t2v_rt.engines.backends import backend_info, get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec, to_plain
 from t2v_rt.engines.bundle.profiles import Range, Sizes, VideoProfile, parse_profiles
+=======
+from t2v_rt.engines.backends import get_backend
+from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
+from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
+>>>>>>> int
 from t2v_rt.engines.tensorrt.library import load_library
 from t2v_rt.errors import RequestError
+from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
-from t2v_rt.export.graph import Form, Precision, check_precision
+from t2v_rt.export.config import read_defaults
+from t2v_rt.export.family import TEXT_ENCODER, Configs
+from t2v_rt.export.graph import Form, check_precision
 from t2v_rt.export.quantize import Quantization
-from t2v_rt.export.tokenizer import read_tokenizer
-from t2v_rt.export.wan import family as wan
-from t2v_rt.export.wan.profiles import component_forms, component_ranges, with_grids
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
 from t2v_rt.system.resources import available_memory_bytes
@@ -37,31 +45,6 @@ FINDERS = frozenset(
 )
 Report = Callable[[float], None]
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Engines that share weights, and so are made together.
-
-    Args:
-        component: its name.
-        roles: of the engines.
-        precision: of matmul and convolution operands.
-        forms: role -> how the backend wants the graph; None for ONNX Runtime's.
-        ranges: role -> sizes of each shape profile of a plan.
-        tiles: of the VAE decoder's plans.
-    """
-
-    component: str
-    roles: tuple[str, ...]
-    precision: Precision
-    forms: Mapping[str, Form] | None = None
-    ranges: Mapping[str, Sequence[Mapping[str, Range]]] = field(default_factory=dict)
-    tiles: TileSpec | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.component}.{self.roles[0]}"
 
 
 def code_files(makes_plans: bool) -> list[Path]:
@@ -83,52 +66,58 @@ def code_files(makes_plans: bool) -> list[Path]:
     return files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildJob:
     """What is built from what.
 
     Args:
         source: the opened checkpoint.
-        backend: a known one.
-        precision: a known one.
-        targets: GPUs by name, or none.
+        options: what is asked for.
+        precision: that of the options, or the backend's own.
         shard_bytes: what an engine of the text encoder may take of a card.
-        with_text_encoder: whether it is in the bundle.
-        text_weights: `int8` or `int4` for its matrices, or empty.
     """
 
     source: Checkpoint
-    backend: str
+    options: BuildOptions
     precision: str
-    targets: tuple[str, ...]
     shard_bytes: int
-    with_text_encoder: bool = True
-    text_weights: str = ""
 
-    def __post_init__(self) -> None:
-        if self.text_weights:
-            Quantization(self.text_weights, "MatMulNBits")
-        if self.precision == "bf16" and "sm75" in self.targets:
-            raise RequestError(
-                "precision is 'bf16', which sm75 does not multiply; use fp16, or leave sm75 out of --gpu"
-            )
+    @property
+    def backend(self) -> str:
+        return self.options.backend
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """GPUs by name, or none."""
+        return self.options.targets
+
+    @property
+    def with_text_encoder(self) -> bool:
+        return self.options.with_text_encoder
+
+    @property
+    def text_weights(self) -> str:
+        """`int8` or `int4` for the text encoder's matrices, or empty."""
+        return self.options.text_encoder_weights or ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Components of the bundle."""
-        return tuple(name for name in wan.COMPONENTS if self.with_text_encoder or name != "text_encoder")
+        known = self.source.family.networks
+        return tuple(name for name in known if self.with_text_encoder or name != TEXT_ENCODER)
 
     @cached_property
-    def configs(self) -> wan.WanConfigs:
-        return wan.read_configs(self.source.configs, self.shard_bytes)
+    def configs(self) -> Configs:
+        return self.source.family.read_configs(self.source.configs, self.shard_bytes)
 
     @property
     def makes_plans(self) -> bool:
         return backend_info(self.backend).ahead_of_time
 
-    def manifest(self, sizes: tuple[Sizes, Sizes, Sizes], *, estimate: bool = False) -> Manifest:
+    def manifest(self, *, estimate: bool = False) -> Manifest:
         """The bundle's manifest but for its components and, of an estimate, its fingerprint."""
-        defaults = wan.read_defaults(self.source.configs.generation)
+        defaults = read_defaults(self.source.configs.generation, self.source.family.defaults)
+        sizes = self.options.height, self.options.width, self.options.num_frames
         profiles = parse_profiles(*sizes, (defaults.height, defaults.width, defaults.num_frames))
         best = {name: ranges.opt for name, ranges in vars(profiles[0]).items()}
         if not self.makes_plans and (len(profiles) > 1 or not all(r.fixed for r in vars(profiles[0]).values())):
@@ -140,7 +129,7 @@ class BuildJob:
             precision=self.precision,
             fingerprint="" if estimate else self._fingerprint(builder, profiles),
             builder=builder,
-            model=wan.model_spec(self.configs),
+            model=self.configs.model(),
             scheduler=self.source.configs.scheduler,
             defaults=replace(defaults, **best),
             components={},
@@ -160,87 +149,57 @@ class BuildJob:
             "precision": self.precision,
             "targets": self.targets,
             "text_weights": self.text_weights,
-            "components": self.names,
             "profiles": to_plain(profiles),
-            "text_encoder": {role: [blocks.start, blocks.stop] for role, blocks in self.configs.text_blocks.items()},
+            "units": {name: self.configs.units(name) for name in self.names},
             "code": code.hexdigest(),
             "versions": {**builder, **_versions("onnxruntime")},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def parts(self, manifest: Manifest) -> tuple[Part, ...]:
-        """The parts of all components, in the order they are made."""
-        configs, precision = self.configs, check_precision(self.precision)
+    def units(self, manifest: Manifest) -> tuple[Unit, ...]:
+        """The units of all components, in the order they are made."""
+        asked = (self.configs, self.names, check_precision(self.precision), self.text_weights)
         if not self.makes_plans:
-            return tuple(self._graphs(name, roles) for name in self.names for roles in configs.parts(name))
-        turing = "sm75" in self.targets  # which multiplies neither float32 nor bfloat16
-        tiles = with_grids(configs.vae.tiles, manifest.model, manifest.profiles)
-        ranges = component_ranges(manifest.model, manifest.profiles, tiles, configs.roles("text_encoder"))
-        forms = component_forms(manifest.model, ranges, configs.transformer.ffn_dim, not turing)
-        if self.text_weights:
-            scheme = Quantization(self.text_weights, "DequantizeLinear")
-            encoder = {role: replace(form, quantization=scheme) for role, form in forms["text_encoder"].items()}
-            forms = {**forms, "text_encoder": encoder}
-        return tuple(
-            Part(
-                name,
-                roles,
-                _plan_precision(name, precision, turing),
-                forms[name],
-                ranges[name],
-                tiles if name == "vae_decoder" else None,
-            )
-            for name in self.names
-            for roles in configs.parts(name)
+            return graph_units(*asked)
+        return plan_units(*asked, profiles=manifest.profiles, turing="sm75" in self.targets)
+
+    def _export(self, unit: Unit, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
+        spec = components.export_component(
+            unit.component, self.source, self.configs, folder, unit.precision, unit.forms, unit.roles, store_type
         )
+        return replace(spec, tiles=unit.tiles, weights=self.text_weights if unit.component == TEXT_ENCODER else "")
 
-    def _graphs(self, name: str, roles: tuple[str, ...]) -> Part:
-        """A part of ONNX Runtime's graphs; quantized matrices are multiplied in float32 only."""
-        if name != "text_encoder" or not self.text_weights:
-            return Part(name, roles, check_precision(self.precision))
-        form = Form(quantization=Quantization(self.text_weights, "MatMulNBits"))
-        return Part(name, roles, "fp32", dict.fromkeys(roles, form))
+    def outline(self, units: Sequence[Unit]) -> tuple[ComponentSpec, ...]:
+        """What each unit will be, its weights counted but not read.
 
-    def _export(self, part: Part, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
-        spec = wan.export_component(
-            part.component, self.source, self.configs, folder, part.precision, part.forms, part.roles, store_type
-        )
-        if part.component == "text_encoder":
-            spec = replace(spec, weights=self.text_weights)
-        return spec if part.tiles is None else replace(spec, tiles=part.tiles)
-
-    def outline(self, parts: Sequence[Part]) -> tuple[ComponentSpec, ...]:
-        """What each part will be, its weights counted but not read.
-
-        Tensors that no part uses are named in a warning.
+        Tensors that no unit uses are named in a warning.
 
         Raises:
             CheckpointError: one is missing.
         """
         with tempfile.TemporaryDirectory() as folder:
-            outline = tuple(self._export(part, Path(folder), WeightSizes) for part in parts)
-        wan.warn_of_unused(self.source, self.names)
+            outline = tuple(self._export(unit, Path(folder), WeightSizes) for unit in units)
+        components.warn_of_unused(self.source, self.names)
         return outline
 
-    def build_part(self, part: Part, work: Work, report: Report) -> Result:
-        """Makes the engines of a part; returns its component spec as JSON."""
+    def build_unit(self, unit: Unit, work: Work, report: Report) -> Result:
+        """Makes the engines of a unit; returns its component spec as JSON."""
         if not self.makes_plans:
-            return dict(to_plain(self._export(part, work.bundle)))
-        from t2v_rt.commands.inspect import count_nodes
+            return dict(to_plain(self._export(unit, work.bundle)))
         from t2v_rt.engines.tensorrt.builder import PlanBuilder
 
-        spec = self._export(part, work.scratch)
+        spec = self._export(unit, work.scratch)
         nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
         builder = PlanBuilder(self.backend, self.targets)
-        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, part.ranges, nodes, report)))
+        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, report)))
 
     def copy_embedding(self, work: Work) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""
-        return asdict(wan.export_embedding(self.source, self.configs, work.bundle))
+        return asdict(components.export_embedding(self.source, self.configs, work.bundle))
 
     def copy_tokenizer(self, work: Work) -> Result:
         (work.bundle / "tokenizer").mkdir()
-        text = read_tokenizer(self.source.tokenizer)
+        text = components.read_tokenizer(self.source)
         (work.bundle / "tokenizer" / "tokenizer.json").write_bytes(text.encode())
         return {}
 
@@ -270,7 +229,9 @@ class BuildJob:
         for part in built.parts:
             spec = part
             if again:
-                spec = wan.export_component(name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs))
+                spec = components.export_component(
+                    name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs)
+                )
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 answers += self_test.run_calls(name, component, manifest.model, built)
             if again:
@@ -288,23 +249,14 @@ class BuildJob:
             place, spec = work.bundle, part
             if self.makes_plans:
                 place, forms = work.scratch, dict.fromkeys(part.graphs, Form(quantization=scheme))
-                spec = wan.export_component(name, self.source, self.configs, place, "fp32", forms, tuple(part.graphs))
+                spec = components.export_component(
+                    name, self.source, self.configs, place, "fp32", forms, tuple(part.graphs)
+                )
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 results += self_test.run_calls(name, component, manifest.model, built)
             if self.makes_plans:
                 remove_tree(place / name)
         return {"error": self_test.largest_error(name, results, work.bundle)}
-
-
-def _plan_precision(component: str, wanted: Precision, turing: bool) -> Precision:
-    """The half precision that suits a component of plans.
-
-    The text encoder overflows in fp16 unless parts of it are kept in float32; the VAE decoder needs the finer steps of
-    fp16, and its caches cross the engines' boundary, which NumPy has no bfloat16 for.
-    """
-    if component == "vae_decoder":
-        return "fp16"
-    return "bf16" if component == "text_encoder" and not turing else wanted
 
 
 def _versions(*packages: str) -> dict[str, str]:

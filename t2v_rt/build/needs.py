@@ -65,21 +65,19 @@ def estimate_needs(job: BuildJob, outline: Sequence[ComponentSpec]) -> Needs:
 
     Args:
         job: the build.
-        outline: of each of its parts.
+        outline: of each of its units.
     """
-    from t2v_rt.export.text_encoders.t5 import embedding_name
-
-    encoder = job.source.weights["text_encoder"]
-    table = embedding_name(encoder)
+    encoder = job.source.weights_of("text_encoder")
+    table, _ = job.configs.embedding(encoder)
     fixed = (encoder.copied_bytes(table) if job.with_text_encoder else 0) + OVERHEAD
-    if job.makes_plans:  # a part's graphs lie beside its plans while those are built; plans share no weights
-        graphs = [graph.weights_bytes for part in outline for graph in part.graphs.values()]
-        exported = max(part.weights_bytes for part in outline)
+    if job.makes_plans:  # a unit's graphs lie beside its plans while those are built; plans share no weights
+        graphs = [graph.weights_bytes for unit in outline for graph in unit.graphs.values()]
+        exported = max(unit.weights_bytes for unit in outline)
         return Needs(
             int(MARGIN * sum(graphs)) + len(graphs) * OVERHEAD + exported + fixed,
             PROCESS + int(BUILDER_GROWTH * max(graphs)),
         )
-    weights = sum(part.weights_bytes for part in outline)
+    weights = sum(unit.weights_bytes for unit in outline)
     networks = job.source.weights.values()
     tensors = {name: tensor for network in networks for name, tensor in network.tensors.items()}
     largest = max(prod(tensor.shape) for name, tensor in tensors.items() if name != table)  # which is copied in pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import os
@@ -21,6 +22,18 @@ LIBRARIES = (
 )  # fmt: skip
 GPU_FIELDS = ("name", "driver_version", "compute_cap", "memory.total", "memory.free")
 SMI_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
+
+EXAMPLE = "example: t2v-rt doctor"
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The command has no options of its own."""
+    parser.epilog = EXAMPLE
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Examines the machine; returns the report."""
+    return examine()
 
 
 def examine() -> dict[str, Any]:

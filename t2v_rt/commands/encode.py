@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.commands.parsing import declare_options, given_options
+from t2v_rt.options import documented_by, option
 from t2v_rt.runtime.array_file import check_array_path
+from t2v_rt.runtime.options import BackendOptions
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.prompts.file import PROMPT_EMBEDS, PromptEmbeds, save_prompt
 from t2v_rt.runtime.prompts.tokenizer import check_text
 from t2v_rt.system.outputs import check_apart
 from t2v_rt.system.resources import peak_rss_bytes
 
+EXAMPLE = 'example: t2v-rt encode "a red ball bouncing" --engines build/demo --output ball.npz'
 
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(BackendOptions):
+    """The options of the command.
+
+    Args:
+        prompt: what to show, in English or Chinese.
+        engines: folder of a bundle that has its text encoder.
+        output: .npz file that the embeddings are written to, for `t2v-rt generate --prompt-embeds`.
+        negative_prompt: what to steer away from; the bundle's own where it is left out.
+        vram_budget: memory the engines may take, such as `8GiB`.
+    """
+
+    prompt: str = option(positional=True, metavar="PROMPT")
+    engines: str = option(metavar="BUNDLE")
+    output: str = option(metavar="FILE")
+    negative_prompt: str | None = option(None, metavar="TEXT")
+    vram_budget: int | str | None = option(None, metavar="SIZE")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.epilog = EXAMPLE
+    declare_options(parser, EncodeOptions)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Encodes the prompts; returns the report."""
+    options = EncodeOptions(**given_options(EncodeOptions, parsed))
+    return encode(
+        options.prompt,
+        options.output,
+        options.engines,
+        negative_prompt=options.negative_prompt,
+        backend=options.backend,
+        provider=options.provider,
+        threads=options.threads,
+        vram_budget=options.vram_budget,
+        trust=options.trust,
+    )
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The report for a person."""
+    return [
+        f"output   {report['output']}",
+        f"encoder  {report['encoder_id']}",
+        f"tokens   {' and '.join(map(str, report['tokens']))}",
+        f"seconds  {report['seconds']:.2f}",
+    ]
+
+
+@documented_by(EncodeOptions, BackendOptions)
 def encode(
     prompt: str,
     output: str | Path,
@@ -29,15 +89,7 @@ def encode(
     """Encodes a prompt and a negative one.
 
     Args:
-        prompt: the text.
-        output: name of the .npz file.
-        folder: of a bundle with its text encoder.
-        negative_prompt: None for the bundle's own.
-        backend: as in `TextToVideoPipeline.from_pretrained`, like those that follow.
-        provider: likewise.
-        threads: likewise.
-        vram_budget: likewise.
-        trust: likewise.
+        folder: folder of a bundle with its text encoder.
 
     Returns:
         `output`, `encoder_id`, both texts, `tokens` of each, `seconds` and `peak_rss_bytes`.

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from t2v_rt.engines.bundle.manifest import GraphSpec, from_plain
-from t2v_rt.engines.bundle.profiles import VideoProfile
+from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes
 from t2v_rt.engines.bundle.store import open_bundle
+
+EXAMPLE = "example: t2v-rt inspect build/demo"
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.epilog = EXAMPLE
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that build-engines wrote")
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Inspects the bundle; returns the report."""
+    return inspect_bundle(parsed.bundle)
 
 
 def inspect_bundle(folder: str | Path) -> dict[str, Any]:
@@ -28,16 +41,6 @@ def inspect_bundle(folder: str | Path) -> dict[str, Any]:
         for graph in spec.graphs.values()
     }
     return report
-
-
-def count_nodes(path: Path) -> dict[str, int]:
-    """Operator -> number of nodes of an ONNX graph; empty where the onnx package is not installed."""
-    try:
-        import onnx
-    except ImportError:
-        return {}
-    model = onnx.load(str(path), load_external_data=False)
-    return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+<<<<<<< HEAD
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,21 @@ from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
 from t2v_rt.runtime.request import make_request
 from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_file
+=======
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from t2v_rt.commands.parsing import declare_options, given_options
+from t2v_rt.engines.bundle.store import open_bundle
+from t2v_rt.errors import T2VError
+from t2v_rt.options import documented_by, option
+from t2v_rt.runtime.memory.advice import plan_request
+from t2v_rt.runtime.options import CallOptions
+from t2v_rt.system.files import replacing
+from t2v_rt.system.outputs import check_apart, check_file
+>>>>>>> int
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
 GB = 1e9
@@ -25,6 +42,57 @@ LABEL_ROOM = 1.18  # of the axis, so that the label after the longest bar is ins
 BUDGET_COLOUR = "#c0392b"
 
 
+EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of the command.
+
+    Args:
+        bundle: folder that build-engines wrote.
+        height: height of the video in pixels; the bundle's default where it is left out.
+        width: width of the video in pixels; the bundle's default where it is left out.
+        num_frames: frames of the video; the bundle's default where it is left out.
+        vram_budget: memory of the card, such as `8GiB`.
+        vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
+        picture: svg file that the plan is drawn into as well.
+    """
+
+    bundle: str = option(positional=True, metavar="BUNDLE")
+    height: int | None = option(None, read=int, metavar="PIXELS")
+    width: int | None = option(None, read=int, metavar="PIXELS")
+    num_frames: int | None = option(None, read=int, metavar="COUNT")
+    vram_budget: str | int | None = option(None, metavar="SIZE")
+    vae_tiles: str | None = option(None, metavar="RxC")
+    picture: str | None = option(None, metavar="FILE")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.epilog = EXAMPLE
+    declare_options(parser, PlanOptions)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Plans the request, and draws the plan where that is asked for; returns the report."""
+    options = PlanOptions(**given_options(PlanOptions, parsed))
+    if options.picture is not None:
+        check_apart({"--picture": check_picture(options.picture)}, {"BUNDLE": options.bundle})
+    report = plan(
+        options.bundle,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        vram_budget=options.vram_budget,
+        vae_tiles=options.vae_tiles,
+    )
+    if options.picture is not None:
+        write_picture(report, options.picture)
+    return report
+
+
+@documented_by(PlanOptions)
 def plan(
     folder: str | Path,
     *,
@@ -38,6 +106,7 @@ def plan(
     """Plans a request.
 
     Args:
+<<<<<<< HEAD
         folder: of the bundle.
         height: in pixels; the bundle's default where it is left out.
         width: likewise.
@@ -45,6 +114,9 @@ def plan(
         vram_budget: memory of the card, bytes or text such as `8GiB`.
         vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
         provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`. It need not be one that can be used here.
+=======
+        folder: folder of the bundle.
+>>>>>>> int
 
     Returns:
         `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
@@ -57,9 +129,10 @@ def plan(
         BackendError: the provider is unknown, or the bundle's backend has none to choose.
     """
     manifest = open_bundle(folder).manifest
-    sizes = {"height": height, "width": width, "num_frames": num_frames}
+    options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     return {
         "bundle_id": manifest.bundle_id,
+<<<<<<< HEAD
         **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
     }
 
@@ -95,6 +168,12 @@ def plan_request(
     return report
 
 
+=======
+        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles),
+    }
+
+
+>>>>>>> int
 def describe(report: Mapping[str, Any]) -> list[str]:
     """The plan as a table for a person."""
     rows, columns = report["vae_tiles"]

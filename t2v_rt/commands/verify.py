@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from t2v_rt.engines.backends import backend_info, backend_of, load_parts
+=======
+from t2v_rt.commands.parsing import declare_options, given_options
+from t2v_rt.engines.backends import backend_of, load_parts
+>>>>>>> int
 from t2v_rt.engines.bundle.store import open_bundle
+from t2v_rt.errors import VerificationError
+from t2v_rt.options import documented_by, option
 from t2v_rt.runtime import self_test
+from t2v_rt.runtime.options import BackendOptions
+
+EXAMPLE = "example: t2v-rt verify build/demo"
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(BackendOptions):
+    """The options of the command.
+
+    Args:
+        bundle: folder that build-engines wrote.
+    """
+
+    bundle: str = option(positional=True, metavar="BUNDLE")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.epilog = EXAMPLE
+    declare_options(parser, VerifyOptions)
+
+
+def run(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Verifies the bundle; returns the report, or raises VerificationError with it where a component fails."""
+    options = VerifyOptions(**given_options(VerifyOptions, parsed))
+    report = verify(
+        options.bundle,
+        options.backend,
+        provider=options.provider,
+        threads=options.threads,
+        trust=options.trust,
+    )
+    if not report["passed"]:
+        raise VerificationError(
+            f"{options.bundle} does not give the answers of its reference; do not use it on this machine", report
+        )
+    return report
+
+
+def describe(report: Mapping[str, Any]) -> list[str]:
+    """The report for a person."""
+    return [
+        f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
+        for name, item in report["components"].items()
+    ]
+
+
+@documented_by(BackendOptions)
 def verify(
     folder: str | Path,
     backend: str | None = None,
@@ -21,11 +77,15 @@ def verify(
     """Runs the self-test of every component.
 
     Args:
+<<<<<<< HEAD
         folder: of the bundle.
         backend: must be the bundle's; None takes that one.
         provider: of ONNX Runtime; None for `cpu`.
         threads: of ONNX Runtime, per engine.
         trust: whether plans from elsewhere may be run.
+=======
+        folder: folder of the bundle.
+>>>>>>> int
 
     Returns:
         `passed`, and for each component its error, tolerance and verdict.

@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
+from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
 from t2v_rt.benchmarks.plan_contexts import CHANGES
-from t2v_rt.build import BuildRequest
+from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.build.dry_run import dry_run
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.cli import main
 from t2v_rt.commands.plan import plan
 from t2v_rt.engines.bundle.profiles import Range
-from t2v_rt.export.checkpoint import CheckpointConfigs
-from t2v_rt.export.graph import Form
-from t2v_rt.export.wan import family as wan
-from t2v_rt.export.wan.contexts import estimate_context
-from t2v_rt.export.wan.profiles import component_forms
+from t2v_rt.export.config import CheckpointConfigs
+from t2v_rt.export.wan.family import FAMILY
 from tests.conftest import Tiny
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -31,20 +29,19 @@ DISK_SLACK = 1.6  # of a tiny bundle, whose plans are mostly code
 def test_the_rules_meet_what_builders_told() -> None:
     """Measured by benchmarks/plan_contexts.py."""
     networks = changed(CONFIGS, CHANGES)
-    configs = wan.read_configs(CheckpointConfigs("", {"_class_name": "WanPipeline"}, networks, {}, {}))
+    configs = FAMILY.read_configs(CheckpointConfigs("", {"_class_name": "WanPipeline"}, networks, {}, {}))
     rows = json.loads((RESULTS / "plan_contexts.json").read_text())["contexts"]
-    assert {row["component"] for row in rows} == set(wan.COMPONENTS)
-    model = wan.model_spec(configs)
+    assert {row["component"] for row in rows} == set(FAMILY.networks)
     for row in rows:
         ranges = {row["component"]: {row["role"]: [{name: Range.of(size) for name, size in row["sizes"].items()}]}}
-        form: Form = component_forms(model, ranges, configs.transformer.ffn_dim, True)[row["component"]][row["role"]]
-        rule = estimate_context(configs, row["component"], row["role"], row["sizes"], form)
+        form = configs.forms(ranges, float32_matmul=True)[row["component"]][row["role"]]
+        rule = configs.context(row["component"], row["role"], row["sizes"], form)
         if row["context_bytes"] > SMALL:
             assert rule == pytest.approx(row["context_bytes"], rel=RULE_TOLERANCE), row
 
 
 def test_graphs_plan_as_they_will(narrow: Tiny) -> None:
-    report = dry_run(BuildRequest(narrow.checkpoint))
+    report = dry_run(BuildOptions(narrow.checkpoint))
     built = plan(narrow.bundle)
     for key in ("peak_bytes", "stages", "vae_tiles", "height", "width", "num_frames", "backend"):
         assert report[key] == built[key]
@@ -56,7 +53,7 @@ def test_graphs_plan_as_they_will(narrow: Tiny) -> None:
 @pytest.mark.slow  # builds plans
 def test_plans_are_near(narrow: Tiny, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    report = dry_run(BuildRequest(narrow.checkpoint, backend="tensorrt-rtx"), tmp_path / "b")
+    report = dry_run(BuildOptions(narrow.checkpoint, backend="tensorrt-rtx"), tmp_path / "b")
     assert not list(tmp_path.iterdir())
     build_engines(narrow.checkpoint, tmp_path / "b", backend="tensorrt-rtx")
     built = plan(tmp_path / "b")
@@ -91,4 +88,4 @@ def test_bad_input(narrow: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         CheckpointError, match="nothing is downloaded for an estimate, and it is not in the hub's cache"
     ):
-        dry_run(BuildRequest("some-owner/never-downloaded"))
+        dry_run(BuildOptions("some-owner/never-downloaded"))

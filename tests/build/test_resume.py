@@ -13,7 +13,7 @@ import pytest
 from t2v_rt import CheckpointError, RequestError, build_engines
 from t2v_rt.build.work_folder import CONTINUES, Work, open_work
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from t2v_rt.system.files import lasting_sibling
 from tests.conftest import Tiny
 from tests.support.processes import start_and_meet

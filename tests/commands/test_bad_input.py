@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, EngineError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from tests.conftest import Tiny
 from tests.support.processes import start_and_meet
 
@@ -340,7 +340,7 @@ def test_an_interrupt_leaves_nothing(
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a child process there")
 def test_a_real_signal_during_the_steps(narrow: Tiny, tmp_path: Path) -> None:
     command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.npy")]
-    endless = ["--num-inference-steps", "90000"]
+    endless = ["--num-inference-steps", "20000"]
     with start_and_meet(*command, *endless, at="denoise", call=3, goes_on=True) as process:
         assert snapshot(tmp_path)  # the video is begun
         process.send_signal(signal.SIGINT)

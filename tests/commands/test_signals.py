@@ -14,7 +14,7 @@ import pytest
 
 from t2v_rt import TextToVideoPipeline, cli, console
 from t2v_rt.build.work_folder import CONTINUES
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from tests.conftest import Tiny
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="such signals are Unix's")
@@ -29,7 +29,7 @@ def hidden(folder: Path) -> list[str]:
 @pytest.mark.parametrize("number", ENDING)
 def test_a_process_that_is_told_to_end_cleans_up(narrow: Tiny, tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-m", "t2v_rt", "generate", "a ball", "--engines", str(narrow.bundle)]
-    command += ["--output", str(tmp_path / "out.npy"), "--num-inference-steps", "90000"]
+    command += ["--output", str(tmp_path / "out.npy"), "--num-inference-steps", "20000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + LONGEST
         while not hidden(tmp_path) and time.monotonic() < deadline:

@@ -13,7 +13,7 @@ import pytest
 
 from t2v_rt import RequestError, TextToVideoPipeline, console
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 from t2v_rt.runtime.prompts.tokenizer import check_text
 from t2v_rt.runtime.video import read_metadata
 from tests.conftest import Tiny

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from t2v_rt import EngineError, build_engines
+from t2v_rt import EngineError
 from t2v_rt.engines.backends import Backend, get_backend, load_parts
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.contract import Component, Engine
@@ -30,13 +30,7 @@ SIZES = {"batch": 1, "frames": 2, "height": HEIGHT, "width": WIDTH, "text": 5, "
 BACKENDS = ("onnxruntime", pytest.param(RTX, marks=pytest.mark.slow))
 
 
-@pytest.fixture(scope="module")
-def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    return build_engines(narrow.checkpoint, tmp_path_factory.mktemp("plans") / "bundle", backend=RTX, gpus="sm86")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def library(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> HostLibrary:
     """The library that reads them, on a card that holds nothing yet."""
     graphs = export_graphs(narrow.checkpoint, (None, None, None), tmp_path_factory.mktemp("graphs"))

@@ -16,8 +16,8 @@ from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, parse_profiles
 from t2v_rt.engines.bundle.store import Bundle, open_bundle, write_manifest
 from t2v_rt.export.checkpoint import open_checkpoint
-from t2v_rt.export.wan import family as wan
-from t2v_rt.export.wan.profiles import component_forms, component_ranges, with_grids
+from t2v_rt.export.components import export_component
+from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime import self_test
 from t2v_rt.runtime.memory.advice import advise, largest_fitting
 from t2v_rt.runtime.memory.plan import make_plan
@@ -40,19 +40,18 @@ def fixed(narrow: Tiny, half: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     """The same as a bundle of plans for one size has it, but with the graphs in the plans' places."""
     folder = tmp_path_factory.mktemp("fixed")
     checkpoint = open_checkpoint(narrow.checkpoint)
-    configs, model = wan.read_configs(checkpoint.configs), half.manifest.model
+    configs, model = FAMILY.read_configs(checkpoint.configs), half.manifest.model
     profiles = parse_profiles(HEIGHT, WIDTH, FRAMES, (0, 0, 0))
-    tiles = with_grids(configs.vae.tiles, model, profiles)
-    ranges = component_ranges(model, profiles, tiles, configs.roles("text_encoder"))
-    forms = component_forms(model, ranges, configs.transformer.ffn_dim, float32_matmul=True)
+    ranges = configs.ranges(profiles)
+    forms = configs.forms(ranges, float32_matmul=True)
     components = dict(half.manifest.components)
     for name in ("transformer", "vae_decoder"):
-        spec = wan.export_component(name, checkpoint, configs, folder, "fp16", forms[name])
+        spec = export_component(name, checkpoint, configs, folder, "fp16", forms[name])
         graphs = {
             role: replace(graph, plan=PlanSpec(tuple(PlanProfile(sizes, 1) for sizes in ranges[name][role]), 1, True))
             for role, graph in spec.graphs.items()
         }
-        components[name] = replace(spec, graphs=graphs, tiles=tiles if spec.tiles else None)
+        components[name] = replace(spec, graphs=graphs, tiles=configs.tiles(name, profiles))
         reference = narrow.bundle  # at fp32
         plain = open_bundle(reference).manifest.components[name]
         with get_backend("onnxruntime").load(reference, name, plain) as loaded:

@@ -36,12 +36,6 @@ def library() -> str:
     return str(pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]").__version__)
 
 
-@pytest.fixture(scope="module")
-def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The shared checkpoint, built for all GPUs."""
-    return build_engines(narrow.checkpoint, tmp_path_factory.mktemp("plans") / "bundle", backend=RTX)
-
-
 def build_again(narrow: Tiny, bundle: Bundle) -> bool:
     """Whether the same build makes something new."""
     before = (bundle.folder / "bundle.json").stat().st_mtime_ns

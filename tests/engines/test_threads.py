@@ -14,7 +14,8 @@ from t2v_rt import RequestError, TextToVideoPipeline
 from t2v_rt.cli import main
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.runtime.noise import Generator
-from t2v_rt.runtime.request import make_request
+from t2v_rt.runtime.options import CallOptions
+from t2v_rt.runtime.request import CallArrays, make_request
 from t2v_rt.system import cgroups, resources
 from t2v_rt.system.resources import usable_processors
 from tests.conftest import Tiny
@@ -99,7 +100,8 @@ def test_quotas_of_groups(tmp_path: Path) -> None:
 
 def test_a_seed_of_minus_one_is_drawn_and_told(narrow: Tiny, pipe: TextToVideoPipeline, tmp_path: Path) -> None:
     def seeds(**settings: object) -> tuple[int, ...]:
-        return make_request(narrow_manifest, prompt=["a", "b"], **settings).seeds  # type: ignore[arg-type]
+        arrays = CallArrays(settings.pop("generator", None))  # type: ignore[arg-type]
+        return make_request(narrow_manifest, CallOptions(prompt=["a", "b"], **settings), arrays).seeds  # type: ignore[arg-type]
 
     narrow_manifest = pipe.manifest
     drawn = [seeds(seed=-1)[0], seeds(seed=np.int64(-1))[0], *seeds(seed=[-1, -1])]

@@ -9,8 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS
-from t2v_rt.benchmarks.wan_tensors import text_encoder_tensors, transformer_tensors, vae_tensors
+from t2v_rt.benchmarks.wan_tensors import CONFIGS, text_encoder_tensors, transformer_tensors, vae_tensors
 from tests.support.checkpoints import TINY
 
 ALL = {"true": CONFIGS, **{tiny.name: tiny.configs() for tiny in TINY}}

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.onnxruntime.library import ort
 from t2v_rt.export.checkpoint import open_checkpoint
+from t2v_rt.export.components import export_component
 from t2v_rt.export.graph import Form, Precision
-from t2v_rt.export.wan import family as wan
+from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime.families.wan import relative_buckets, text_context
 from tests.conftest import Tiny
 
@@ -27,9 +28,9 @@ FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
 def export(tiny: Tiny, name: str, folder: Path, form: Form, precision: Precision) -> Path:
     folder.mkdir()
     checkpoint = open_checkpoint(tiny.checkpoint)
-    configs = wan.read_configs(checkpoint.configs)
-    (role,) = configs.roles(name)
-    spec = wan.export_component(name, checkpoint, configs, folder, precision, {role: form})
+    configs = FAMILY.read_configs(checkpoint.configs)
+    ((role,),) = configs.units(name)
+    spec = export_component(name, checkpoint, configs, folder, precision, {role: form})
     return folder / spec.graphs[role].path
 
 
@@ -44,7 +45,7 @@ def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
-    config = wan.read_configs(open_checkpoint(tiny.checkpoint).configs).transformer
+    config = FAMILY.read_configs(open_checkpoint(tiny.checkpoint).configs).transformer
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, config.in_channels, 3, 4, 6)).astype(np.float32)
     padded = np.zeros((1, 512, config.text_dim), np.float32)
@@ -57,8 +58,8 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
     )
     for i, form in enumerate(
         (
-            Form(SIZES, slices=5, text_rows=512),
-            Form({"batch": 1}, slices=3, text_rows=512, float32_matmul=False),
+            Form({**SIZES, "text": 512}, slices=5),
+            Form({"batch": 1, "text": 512}, slices=3, float32_matmul=False),
         )
     ):
         path = export(tiny, "transformer", tmp_path / str(i), form, precision)
@@ -75,7 +76,7 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_text_encoder_without_float32_matrices(tiny: Tiny, tmp_path: Path, precision: Precision) -> None:
-    width = wan.read_configs(open_checkpoint(tiny.checkpoint).configs).text_encoder.dim
+    width = FAMILY.read_configs(open_checkpoint(tiny.checkpoint).configs).text_encoder.dim
     hidden = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
     feeds: dict[str, NDArray[Any]] = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
     expected = run(export(tiny, "text_encoder", tmp_path / "plain", Form(), "fp32"), feeds)

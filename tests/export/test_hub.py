@@ -14,7 +14,8 @@ import pytest
 from t2v_rt import CheckpointError, InputError, RequestError, build_engines
 from t2v_rt.cli import main
 from t2v_rt.export import hub
-from t2v_rt.export.hub import fetch, is_hub_name, needed_weights
+from t2v_rt.export.hub import fetch, is_hub_name, needed_tokenizer, needed_weights
+from t2v_rt.export.wan.family import FAMILY
 from tests.conftest import Tiny
 from tests.support.hub_server import COMMIT, Hub, serve
 
@@ -155,15 +156,15 @@ def test_which_files_are_needed() -> None:
     shards = [f"text_encoder/model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = "text_encoder/model.safetensors.index.json"
     whole = ["text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
-    assert needed_weights(NAME, [*others, *shards, index, *whole]) == [*shards, index, whole[1], others[2]]
+    assert needed_weights(NAME, [*others, *shards, index, *whole], FAMILY) == [*shards, index, whole[1], others[2]]
     with pytest.raises(CheckpointError, match=r"text_encoder/ has only pickled weights, which can run code"):
-        needed_weights(NAME, [*others, whole[1], "text_encoder/pytorch_model-00001-of-00002.bin"])
+        needed_weights(NAME, [*others, whole[1], "text_encoder/pytorch_model-00001-of-00002.bin"], FAMILY)
     with pytest.raises(CheckpointError, match="transformer/ has no weights"):
-        needed_weights(NAME, [*others, whole[0]])
+        needed_weights(NAME, [*others, whole[0]], FAMILY)
     with pytest.raises(
         CheckpointError, match=r"no tokenizer/tokenizer\.json; expected a checkpoint in diffusers layout"
     ):
-        needed_weights(NAME, ["model_index.json"])
+        needed_tokenizer(NAME, ["model_index.json"], FAMILY)
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

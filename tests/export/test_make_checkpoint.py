@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from t2v_rt import RequestError, TextToVideoPipeline, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
+from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
+from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.export.tensors import CheckpointWeights
 
 SMALL = (
@@ -56,6 +57,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         make_checkpoint(tmp_path / "x")
     with pytest.raises(RequestError, match="expected one of fp32"):
         make_checkpoint(tmp_path / "y", dtype="int8")
+    with pytest.raises(RequestError, match="family is 'none'; expected one of wan"):
+        make_checkpoint(tmp_path / "y", family="none")
     for change in ("nothing", "vae.unknown=1", "vae.base_dim=wide"):
         with pytest.raises(RequestError, match="such as"):
             changed(CONFIGS, [change])

@@ -12,7 +12,7 @@ import pytest
 
 from t2v_rt import CheckpointError
 from t2v_rt.export.checkpoint import open_checkpoint
-from t2v_rt.export.wan.names import files_below
+from t2v_rt.export.single_files import files_below
 from tests.conftest import Tiny
 
 PLACES = {

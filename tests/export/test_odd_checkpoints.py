@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, TENSORS
-from t2v_rt.build import BuildRequest
+from t2v_rt.benchmarks.wan_tensors import CONFIGS, TENSORS
 from t2v_rt.build.dry_run import dry_run
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.export.altering import refuse_altering
 from t2v_rt.export.tensor_file import StoredTensor, read_header
 from t2v_rt.export.tensors import CheckpointWeights
@@ -43,7 +43,7 @@ def refused(checkpoint: Path, files: Mapping[str, Path] | None = None) -> str:
     """What a dry run says, and a build likewise; neither writes anything."""
     before = sorted(checkpoint.parent.rglob("*"))
     with pytest.raises(CheckpointError) as estimate:
-        dry_run(BuildRequest(checkpoint, files))
+        dry_run(BuildOptions(checkpoint, files=files))
     with pytest.raises(CheckpointError) as build:
         build_engines(checkpoint, checkpoint.parent / "bundle", files=files)
     assert str(build.value) == str(estimate.value)
@@ -141,7 +141,7 @@ def test_other_unused_tensors_are_named_once(checkpoint: Path, caplog: pytest.Lo
     add(checkpoint / VAE, "encoder.conv_in.weight", "quant_conv.bias", "conv1.weight")
     add(checkpoint / TEXT, "decoder.final_layer_norm.weight", "lm_head.weight")
     for run in (
-        lambda: dry_run(BuildRequest(checkpoint)),
+        lambda: dry_run(BuildOptions(checkpoint)),
         lambda: build_engines(checkpoint, checkpoint.parent / "bundle"),
     ):
         caplog.clear()

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from t2v_rt import CheckpointError
 from t2v_rt.export.hub import needed_weights
 from t2v_rt.export.tensors import CheckpointWeights
+from t2v_rt.export.wan.family import FAMILY
 from tests.conftest import Tiny
 
 STEM = "diffusion_pytorch_model"
@@ -137,4 +138,6 @@ def test_a_repository_of_one_variant_is_downloaded() -> None:
     index = f"transformer/{STEM}.safetensors.index.fp16.json"
     others = [f"vae/{STEM}.fp16.safetensors", "text_encoder/model.safetensors"]
     unneeded = ["model_index.json", "tokenizer/tokenizer.json", "text_encoder/model.fp16.safetensors"]
-    assert sorted(needed_weights("a/b", [*unneeded, *shards, index, *others])) == sorted([*shards, index, *others])
+    assert sorted(needed_weights("a/b", [*unneeded, *shards, index, *others], FAMILY)) == sorted(
+        [*shards, index, *others]
+    )

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from t2v_rt import CheckpointError, build_engines
 from t2v_rt.cli import main
-from t2v_rt.export import checkpoint as checkpoints
 from t2v_rt.export.checkpoint import open_checkpoint, read_configs
+from t2v_rt.export.single_files import WRAPPING
 from t2v_rt.export.wan import published as wan_published
-from t2v_rt.export.wan.names import WRAPPING, identify, open_single_file, renamed
+from t2v_rt.export.wan.family import FAMILY
+from t2v_rt.export.wan.names import SINGLE_FILES, renamed
 from tests.conftest import Tiny
 from tests.support.checkpoints import TINY, TinyWan
 from tests.support.wan_original import diffusers_names, write_single_files
@@ -44,7 +45,7 @@ def files(deep: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture
 def tiny_is_published(deep: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configs of files that come without are the tiny checkpoint's, not those of the true size."""
-    monkeypatch.setattr(checkpoints, "PUBLISHED", read_configs(deep.checkpoint))
+    monkeypatch.setattr(FAMILY, "single_files", replace(SINGLE_FILES, configs=read_configs(deep.checkpoint)))
 
 
 def built_files(folder: Path) -> dict[str, bytes]:
@@ -58,7 +59,7 @@ def built_files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_names_are_those_of_diffusers(network: str) -> None:
     names = diffusers_names(DEEP, network)
-    assert identify(names) == network
+    assert SINGLE_FILES.identify(names) == network
     found = renamed(network, names)
     for name, new in names.items():
         if network != "vae" or not name.startswith(("encoder.", "conv1.")):  # of which nothing is exported
@@ -106,8 +107,8 @@ def test_a_folder_of_files(deep: Tiny, files: dict[str, Path], tmp_path: Path) -
 def test_names_of_a_training_program(files: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(files["transformer"])
     save_file({WRAPPING + name: tensor for name, tensor in tensors.items()}, tmp_path / "t.safetensors")
-    found = open_single_file(tmp_path / "t.safetensors", "transformer")
-    assert set(found.tensors) == set(open_single_file(files["transformer"], "transformer").tensors)
+    found = SINGLE_FILES.open(tmp_path / "t.safetensors", "transformer")
+    assert set(found.tensors) == set(SINGLE_FILES.open(files["transformer"], "transformer").tensors)
 
 
 def _add(name: str, array: Any = None) -> Callable[[Path], None]:
@@ -179,4 +180,4 @@ def test_the_published_configs_are_checked_against_the_weights(files: dict[str, 
     with pytest.raises(CheckpointError, match="weights and config do not belong together"):
         build_engines(next(iter(files.values())).parent, tmp_path / "b")
     assert not list(tmp_path.iterdir())
-    assert replace(checkpoints.PUBLISHED, origin="").networks == wan_published.CONFIGS
+    assert SINGLE_FILES.configs.networks == wan_published.CONFIGS

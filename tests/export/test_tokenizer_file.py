@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from t2v_rt import CheckpointError, build_engines
-from t2v_rt.build import BuildRequest
 from t2v_rt.build.dry_run import dry_run
-from t2v_rt.export.tokenizer import SPARE_ROWS, check_tokenizer
+from t2v_rt.build.options import BuildOptions
+from t2v_rt.export.tokenizer import SPARE_ROWS, check_tokenizer, read_tokenizer
 from tests.conftest import Tiny
 
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -69,7 +69,7 @@ def test_a_broken_tokenizer_is_refused_before_the_build(checkpoint: Path, name: 
     file = checkpoint / TOKENIZER
     file.write_bytes(spoil(file.read_bytes()))
     for run in (
-        lambda: dry_run(BuildRequest(checkpoint)),
+        lambda: dry_run(BuildOptions(checkpoint)),
         lambda: build_engines(checkpoint, checkpoint.parent / "bundle"),
         lambda: build_engines(checkpoint, checkpoint.parent / "bundle", with_text_encoder=False),
     ):
@@ -91,12 +91,13 @@ def test_a_panic_of_the_library_is_one_error(checkpoint: Path, capfd: pytest.Cap
 
 def test_the_table_may_have_some_rows_that_no_token_uses(narrow: Tiny) -> None:
     file = narrow.checkpoint / TOKENIZER
-    count = len(json.loads(file.read_bytes())["model"]["vocab"])
+    text = read_tokenizer(file)
+    count = len(json.loads(text)["model"]["vocab"])
     for rows in (count, count + SPARE_ROWS):
-        check_tokenizer(file, rows, end=1)
+        check_tokenizer(text, file, rows, end=1)
     for rows in (count - 1, count + SPARE_ROWS + 1):
         with pytest.raises(CheckpointError, match=f"has {count} tokens, the text encoder's table {rows} rows"):
-            check_tokenizer(file, rows, end=1)
+            check_tokenizer(text, file, rows, end=1)
 
 
 def test_a_config_names_another_end(checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from t2v_rt.numbers import as_flag, as_integer, as_number
 from t2v_rt.runtime.decode.tiles import parse_grid
 from t2v_rt.runtime.memory.plan import parse_bytes
 from t2v_rt.runtime.noise import Generator
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import make_request
 from t2v_rt.runtime.schedulers import (
     DDIMScheduler,
@@ -51,7 +52,7 @@ def request(**settings: Any) -> Entry:
 
     def entry(pipe: TextToVideoPipeline, value: Any) -> Any:
         given = {name: fill(value) if callable(fill) else fill for name, fill in settings.items()}
-        made = make_request(pipe.manifest, **{"prompt": "a", "seed": 1, **given})
+        made = make_request(pipe.manifest, CallOptions(**{"prompt": "a", "seed": 1, **given}))
         return {**made.settings(pipe.scheduler.settings()), "batch": made.batch}
 
     return entry

@@ -21,9 +21,10 @@ from t2v_rt.engines.bundle.manifest import ComponentSpec, EmbeddingSpec
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.export.checkpoint import open_checkpoint
+from t2v_rt.export.components import export_component
 from t2v_rt.export.floats import to_bfloat16
 from t2v_rt.export.text_encoders.t5 import TextEncoderConfig
-from t2v_rt.export.wan import family as wan
+from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime.families.wan import relative_buckets
 from t2v_rt.runtime.memory.plan import parse_bytes
 from t2v_rt.runtime.prompts.embedding import EmbeddingTable
@@ -179,14 +180,14 @@ def test_rows_are_gathered_as_they_are_stored(tmp_path: Path, dtype: str) -> Non
 
 def test_bfloat16_blocks_compute_what_float32_ones_do(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.checkpoint)
-    configs = wan.read_configs(checkpoint.configs)
+    configs = FAMILY.read_configs(checkpoint.configs)
     hidden = np.random.default_rng(0).standard_normal((1, 5, configs.text_encoder.dim)).astype(np.float32)
     feeds = {"hidden_states": hidden, "relative_buckets": relative_buckets(5, 32, 128)}
     results = []
     for precision in ("fp32", "bf16"):
         folder = tmp_path / precision
         folder.mkdir()
-        spec = wan.export_component("text_encoder", checkpoint, configs, folder, precision)
+        spec = export_component("text_encoder", checkpoint, configs, folder, precision)
         path = folder / spec.graphs["blocks_0"].path
         onnx.checker.check_model(str(path))
         results.append(ReferenceEvaluator(str(path)).run(None, feeds)[0])

@@ -12,13 +12,14 @@ from safetensors.numpy import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from t2v_rt import TextToVideoPipeline, build_engines
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, changed, make_checkpoint
+from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
 from t2v_rt.benchmarks.true_size import lengths, parity, relative
+from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import EmbeddingSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.export.checkpoint import open_checkpoint
-from t2v_rt.export.wan import family as wan
+from t2v_rt.export.components import export_embedding
 from t2v_rt.runtime.prompts.embedding import EmbeddingTable
 from tests.conftest import ONE_EACH, Tiny
 from tests.export.test_make_checkpoint import SMALL
@@ -52,7 +53,7 @@ def test_the_embedding_is_the_one_that_transformers_takes(narrow: Tiny, tmp_path
     expected = reference.encoder.embed_tokens.weight.detach().numpy()
     weights = {**checkpoint.weights, "text_encoder": type(checkpoint.weights["vae"]).open(folder)}
     changed_source = type(checkpoint)(**{**vars(checkpoint), "weights": weights})
-    spec = wan.export_embedding(changed_source, wan.read_configs(checkpoint.configs), tmp_path)
+    spec = export_embedding(changed_source, checkpoint.family.read_configs(checkpoint.configs), tmp_path)
     rows = EmbeddingTable(tmp_path, spec).rows(np.arange(spec.rows))
     assert np.array_equal(rows[0], expected)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from t2v_rt.benchmarks.make_checkpoint import CONFIGS, INDEX, TENSORS
+from t2v_rt.benchmarks.wan_tensors import CONFIGS, INDEX, TENSORS
 from t2v_rt.export.wan import published as wan_published
 
 ENGLISH = ("a the red green blue ball square cat dog runs jumps over on under lazy quick brown fox").split()

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.build import BuildRequest
+from t2v_rt.build import prepare
+from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.onnxruntime.library import ort
@@ -310,10 +311,10 @@ def export_graphs(checkpoint: Path, sizes: Sequence[int | str | None], folder: P
         folder: that the graphs are written to.
     """
     height, width, frames = sizes
-    request = BuildRequest(checkpoint, backend="tensorrt-rtx", gpus="sm86", sizes=(height, width, frames))
-    job, manifest = request.prepare()
+    size = {"height": height, "width": width, "num_frames": frames}
+    job, manifest = prepare(BuildOptions(checkpoint, backend="tensorrt-rtx", gpus="sm86", **size))  # type: ignore[arg-type]
     return {
-        (part.component, role): folder / graph.path
-        for part in job.parts(manifest)
-        for role, graph in job._export(replace(part, precision="fp16"), folder).graphs.items()
+        (unit.component, role): folder / graph.path
+        for unit in job.units(manifest)
+        for role, graph in job._export(replace(unit, precision="fp16"), folder).graphs.items()
     }

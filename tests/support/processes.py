@@ -7,11 +7,13 @@ import sys
 from typing import Any
 
 MET = """
+import signal
 import sys
 from t2v_rt.cli import main
-from t2v_rt.progress import Bars
+from t2v_rt.commands.bars import Bars
 
 place, calls = sys.argv[1], int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit none
 
 
 def update(self, stage, done, total, *, detail=""):

@@ -1,0 +1,96 @@
+"""The units of a build: engines that are made together, and how each is to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from t2v_rt.engines.bundle.manifest import TileSpec
+from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.export.family import TEXT_ENCODER, Configs
+from t2v_rt.export.graph import Form, Precision
+from t2v_rt.export.quantize import Quantization
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Engines that share weights, and so are made together.
+
+    Args:
+        component: its name.
+        roles: of the engines.
+        precision: of matmul and convolution operands.
+        forms: role -> how the backend wants the graph; None for ONNX Runtime's.
+        ranges: role -> sizes of each shape profile of a plan.
+        tiles: that the component works on.
+    """
+
+    component: str
+    roles: tuple[str, ...]
+    precision: Precision
+    forms: Mapping[str, Form] | None = None
+    ranges: Mapping[str, Sequence[Mapping[str, Range]]] = field(default_factory=dict)
+    tiles: TileSpec | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.roles[0]}"
+
+
+def graph_units(
+    configs: Configs, components: Sequence[str], precision: Precision, text_weights: str
+) -> tuple[Unit, ...]:
+    """The units of graphs, in the order they are made; ONNX Runtime multiplies quantized matrices in float32 only.
+
+    Args:
+        configs: of the checkpoint.
+        components: to build.
+        precision: of matmul and convolution operands.
+        text_weights: `int8` or `int4` for the text encoder's matrices, or empty.
+    """
+    result = []
+    for name in components:
+        for roles in configs.units(name):
+            forms, tiles = None, configs.tiles(name)
+            if name == TEXT_ENCODER and text_weights:
+                forms = dict.fromkeys(roles, Form(quantization=Quantization(text_weights, "MatMulNBits")))
+            result.append(Unit(name, roles, precision if forms is None else "fp32", forms, tiles=tiles))
+    return tuple(result)
+
+
+def plan_units(
+    configs: Configs,
+    components: Sequence[str],
+    precision: Precision,
+    text_weights: str,
+    *,
+    profiles: Sequence[VideoProfile],
+    turing: bool,
+) -> tuple[Unit, ...]:
+    """The units of plans, likewise.
+
+    Args:
+        configs: of the checkpoint.
+        components: to build.
+        precision: that was asked for; a component may have another, see `Configs.plan_precision`.
+        text_weights: `int8` or `int4` for the text encoder's matrices, or empty.
+        profiles: of videos that the plans are built for.
+        turing: whether a GPU of the sm75 is among their targets, which multiplies neither float32 nor bfloat16.
+    """
+    ranges = configs.ranges(profiles)
+    forms = dict(configs.forms(ranges, float32_matmul=not turing))
+    if text_weights:
+        scheme = Quantization(text_weights, "DequantizeLinear")
+        forms[TEXT_ENCODER] = {role: replace(form, quantization=scheme) for role, form in forms[TEXT_ENCODER].items()}
+    return tuple(
+        Unit(
+            name,
+            roles,
+            configs.plan_precision(name, precision, turing),
+            forms[name],
+            ranges[name],
+            configs.tiles(name, profiles),
+        )
+        for name in components
+        for roles in configs.units(name)
+    )

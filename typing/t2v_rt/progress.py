@@ -1,1 +1,0 @@
-../../t2v_rt/progress.py
