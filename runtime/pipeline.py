@@ -21,12 +21,7 @@ from t2v_rt.runtime.decode.tiles import Grid, parse_grid
 from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
-<<<<<<< HEAD
-from t2v_rt.runtime.memory.advice import advise, largest_fitting
-=======
 from t2v_rt.runtime.memory.advice import check_room
-from t2v_rt.runtime.memory.estimates import on_card
->>>>>>> int
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
@@ -100,11 +95,6 @@ class TextToVideoPipeline(DiffusersHabits):
         Args:
             bundle_dir: the directory that build-engines wrote.
             vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
-<<<<<<< HEAD
-            provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`.
-            threads: of ONNX Runtime, per engine on the CPU; None for as many as there are cores.
-=======
->>>>>>> int
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
             prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is
@@ -316,7 +306,7 @@ class TextToVideoPipeline(DiffusersHabits):
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
         """
-        where = "card" if on_card(self.manifest) else self.provider
+        card = self.backend.own_memory
         tokens = request.tokens(self.manifest.model)
         return make_plan(
             self.manifest,
@@ -324,26 +314,12 @@ class TextToVideoPipeline(DiffusersHabits):
             budget=self.vram_budget,
             grid=self._vae_tiles,
             kept_frames=kept_frames,
-            batches=guidance_batches(request.guidance, request.guidance_batch, where, tokens),
+            batches=guidance_batches(request.guidance, request.guidance_batch, card, tokens),
             room=self._room,
             available=self._available_bytes(),
-            own_memory=self.backend.own_memory,
+            own_memory=card,
         )
 
-<<<<<<< HEAD
-    def _guidance_batches(self, request: Request) -> tuple[bool, ...]:
-        """Whether both predictions of a step may be made in one batch, the better way first."""
-        if not request.guidance.needs_negative:
-            return (False,)
-        if request.guidance_batch is not None:
-            return (request.guidance_batch,)
-        _, _, frames, rows, columns = self.latent_shape(request)
-        depth, height, width = self.manifest.model.patch
-        tokens = request.batch * (frames // depth) * (rows // height) * (columns // width)
-        return (True, False) if one_batch_is_faster(self.backend.own_memory, tokens) else (False,)
-
-=======
->>>>>>> int
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
         return None if self.backend.own_memory else available_memory_bytes()
@@ -358,24 +334,8 @@ class TextToVideoPipeline(DiffusersHabits):
         Raises:
             RequestError: more is needed than there is or the budget allows; names the largest video that fits.
         """
-<<<<<<< HEAD
-        size = request.height, request.width, request.num_frames
-        available = self._available_bytes()
-        checks = [] if available is None else [(plan.host_bytes, available, "the memory available")]
-        checks += [] if self.vram_budget is None else [(plan.least_bytes, self.vram_budget, "the budget")]
-        for needed, room, what in checks:
-            if needed > room:
-                best = largest_fitting(self.manifest, *size, room, self.backend.own_memory)
-                raise RequestError(plan.refusal(needed, room, what, advise(self.manifest, best)))
-
-    def latent_shape(self, request: Request) -> tuple[int, ...]:
-        """(B, C, F, H, W) of a request's latents."""
-        return self.manifest.model.latent_shape(request.batch, request.height, request.width, request.num_frames)
-
-    # -- stages on their own -----------------------------------------------------------------------------------------
-=======
-        check_room(self.manifest, request, plan, self._available_bytes(), self.vram_budget)
->>>>>>> int
+        available, card = self._available_bytes(), self.backend.own_memory
+        check_room(self.manifest, request, plan, available, self.vram_budget, card)
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""

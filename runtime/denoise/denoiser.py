@@ -117,7 +117,22 @@ class Denoiser:
         return prediction
 
 
-<<<<<<< HEAD
+def guidance_batches(guidance: Guidance, asked: bool | None, own_memory: bool, tokens: int) -> tuple[bool, ...]:
+    """Whether both predictions of a step may be made in one batch, the better way first.
+
+    Args:
+        guidance: that needs them.
+        asked: what the caller chose, or None.
+        own_memory: whether the denoiser works in a card's memory.
+        tokens: of one prediction.
+    """
+    if not guidance.needs_negative:
+        return (False,)
+    if asked is not None:
+        return (asked,)
+    return (True, False) if one_batch_is_faster(own_memory, tokens) else (False,)
+
+
 def one_batch_is_faster(own_memory: bool, tokens: int) -> bool:
     """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked.
 
@@ -126,24 +141,3 @@ def one_batch_is_faster(own_memory: bool, tokens: int) -> bool:
         tokens: of all videos together.
     """
     return not own_memory and tokens <= ONE_BATCH_TOKENS
-=======
-def guidance_batches(guidance: Guidance, asked: bool | None, where: str, tokens: int) -> tuple[bool, ...]:
-    """Whether both predictions of a step may be made in one batch, the better way first.
-
-    Args:
-        guidance: that needs them.
-        asked: what the caller chose, or None.
-        where: the denoiser runs: `card`, or ONNX Runtime's provider.
-        tokens: of one prediction.
-    """
-    if not guidance.needs_negative:
-        return (False,)
-    if asked is not None:
-        return (asked,)
-    return (True, False) if one_batch_is_faster(where, tokens) else (False,)
-
-
-def one_batch_is_faster(provider: str, tokens: int) -> bool:
-    """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked."""
-    return tokens <= ONE_BATCH_TOKENS.get(provider, 0)
->>>>>>> int

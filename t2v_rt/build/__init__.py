@@ -12,10 +12,7 @@ from t2v_rt.build.needs import estimate_needs
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.shares import Shares, Tell
 from t2v_rt.build.work_folder import Work, open_work
-<<<<<<< HEAD
-from t2v_rt.engines.backends import backend_info, check_backend
-=======
->>>>>>> int
+from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, EmbeddingSpec, Manifest, from_plain
 from t2v_rt.engines.bundle.profiles import Sizes
 from t2v_rt.engines.bundle.store import Bundle, Stamps, check_bundle_place, open_bundle, read_manifest, write_manifest
@@ -109,15 +106,9 @@ def build(options: BuildOptions, output: str | Path, *, force: bool = False, pro
         outline = job.outline(units)
         needs = estimate_needs(job, outline)
         needs.check(target, work.finished_bytes)
-<<<<<<< HEAD
-        told = Shares(progress, [(part.name, spec.weights_bytes) for part, spec in zip(parts, outline, strict=True)])
-        written = _build(job, parts, manifest, work, told)
-    if backend_info(backend).native_code:
-=======
         told = Shares(progress, [(unit.name, spec.weights_bytes) for unit, spec in zip(units, outline, strict=True)])
         written = _build(job, units, manifest, work, told)
-    if job.makes_plans:
->>>>>>> int
+    if backend_info(options.backend).native_code:
         remember_built(target)
     _remember_hashes(target, written)
     told("done")

@@ -15,15 +15,9 @@ from typing import Any
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
 from t2v_rt.build.work_folder import Work
-<<<<<<< HEAD
 from t2v_rt.engines.backends import backend_info, get_backend
-from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, TileSpec, to_plain
-from t2v_rt.engines.bundle.profiles import Range, Sizes, VideoProfile, parse_profiles
-=======
-from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
 from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
->>>>>>> int
 from t2v_rt.engines.tensorrt.library import load_library
 from t2v_rt.errors import RequestError
 from t2v_rt.export import components

@@ -8,11 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-<<<<<<< HEAD
-from collections.abc import Callable, Iterator
-=======
 from collections.abc import Callable, Iterator, Mapping
->>>>>>> int
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-<<<<<<< HEAD
-from t2v_rt.engines.bundle.manifest import from_plain
-=======
 from t2v_rt.commands.bars import Bars
 from t2v_rt.commands.parsing import declare_options, given_options
-from t2v_rt.engines.bundle.manifest import Manifest
->>>>>>> int
+from t2v_rt.engines.bundle.manifest import Manifest, from_plain
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
 from t2v_rt.options import option
@@ -62,7 +54,6 @@ SHIFTS = ("flow_shift", "shift")  # what configs call it
 EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 
 
-<<<<<<< HEAD
 @dataclass(frozen=True)
 class VideoSize:
     """The size of the video that kept latents are of, among their settings."""
@@ -72,13 +63,9 @@ class VideoSize:
     num_frames: int
 
 
-def generate(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Runs one `generate` command.
-=======
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(CallOptions, BackendOptions):
     """What is asked of the command: a call's options, where its engines run, and the files it reads and writes.
->>>>>>> int
 
     Args:
         engines: folder that build-engines wrote.
@@ -348,8 +335,7 @@ def _sample_only(
     }
 
 
-<<<<<<< HEAD
-def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
+def _read_latents(pipe: TextToVideoPipeline, path: str | Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
     maker = "t2v-rt generate … --save-latents"
     (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), maker, dict[str, Any])
     try:
@@ -358,14 +344,6 @@ def _read_latents(pipe: TextToVideoPipeline, path: str) -> tuple[NDArray[np.floa
     except ValueError:  # no size at all
         same = False
     if not same:
-=======
-def _read_latents(pipe: TextToVideoPipeline, path: str | Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), "t2v-rt generate … --save-latents")
-    model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
-    if not known or latents.shape != model.latent_shape(
-        1, settings["height"], settings["width"], settings["num_frames"]
-    ):
->>>>>>> int
         raise RequestError(f"{path}: latents of shape {list(latents.shape)} are not this model's; use its own bundle")
     return latents.astype(np.float32, copy=False), settings
 

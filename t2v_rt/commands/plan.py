@@ -4,24 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-<<<<<<< HEAD
-from pathlib import Path
-from typing import Any
-
-from t2v_rt.engines.backends import backend_info, check_options
-from t2v_rt.engines.bundle.manifest import Manifest
-from t2v_rt.engines.bundle.store import open_bundle
-from t2v_rt.errors import T2VError
-from t2v_rt.plots import as_svg, new_figure
-from t2v_rt.runtime.decode.tiles import parse_grid
-from t2v_rt.runtime.memory.advice import advise, largest_fitting
-from t2v_rt.runtime.memory.plan import make_plan, parse_bytes, to_json
-from t2v_rt.runtime.request import make_request
-from t2v_rt.system.files import writing
-from t2v_rt.system.outputs import check_file
-=======
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +12,11 @@ from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import T2VError
 from t2v_rt.options import documented_by, option
+from t2v_rt.plots import as_svg, new_figure
 from t2v_rt.runtime.memory.advice import plan_request
 from t2v_rt.runtime.options import CallOptions
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_apart, check_file
->>>>>>> int
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
 GB = 1e9
@@ -56,7 +39,9 @@ class PlanOptions:
         num_frames: frames of the video; the bundle's default where it is left out.
         vram_budget: memory of the card, such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
-        picture: svg file that the plan is drawn into as well.
+        provider: provider of ONNX Runtime that is planned for, whether it is here or not: `cpu` (where it is left out),
+            or `cuda`, whose engines work in a card's memory.
+        picture: svg file that the plan is drawn into as well, which takes t2v-rt[plots].
     """
 
     bundle: str = option(positional=True, metavar="BUNDLE")
@@ -65,6 +50,7 @@ class PlanOptions:
     num_frames: int | None = option(None, read=int, metavar="COUNT")
     vram_budget: str | int | None = option(None, metavar="SIZE")
     vae_tiles: str | None = option(None, metavar="RxC")
+    provider: str | None = option(None, metavar="NAME")
     picture: str | None = option(None, metavar="FILE")
 
 
@@ -86,6 +72,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         num_frames=options.num_frames,
         vram_budget=options.vram_budget,
         vae_tiles=options.vae_tiles,
+        provider=options.provider,
     )
     if options.picture is not None:
         write_picture(report, options.picture)
@@ -106,17 +93,7 @@ def plan(
     """Plans a request.
 
     Args:
-<<<<<<< HEAD
-        folder: of the bundle.
-        height: in pixels; the bundle's default where it is left out.
-        width: likewise.
-        num_frames: likewise.
-        vram_budget: memory of the card, bytes or text such as `8GiB`.
-        vae_tiles: such as `2x3`; None for the coarsest grid that keeps to the budget.
-        provider: of ONNX Runtime, `cpu` or `cuda`; None for `cpu`. It need not be one that can be used here.
-=======
         folder: folder of the bundle.
->>>>>>> int
 
     Returns:
         `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
@@ -132,48 +109,10 @@ def plan(
     options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     return {
         "bundle_id": manifest.bundle_id,
-<<<<<<< HEAD
-        **plan_request(manifest, **sizes, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
+        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
     }
 
 
-def plan_request(
-    manifest: Manifest,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    vram_budget: str | int | None = None,
-    vae_tiles: str | None = None,
-    provider: str | None = None,
-) -> dict[str, Any]:
-    """Plans a request of a bundle that is known by its manifest alone; see `plan`."""
-    request = make_request(manifest, prompt="", seed=0, height=height, width=width, num_frames=num_frames)
-    budget = None if vram_budget is None else parse_bytes(vram_budget)
-    grid = None if vae_tiles is None else parse_grid(vae_tiles)
-    size = request.height, request.width, request.num_frames
-    check_options(manifest.backend, {"provider": provider})
-    card = backend_info(manifest.backend).has_own_memory(provider)
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid, own_memory=card)
-    report = {
-        "backend": manifest.backend,
-        "height": size[0],
-        "width": size[1],
-        "num_frames": size[2],
-        **to_json(made),
-    }
-    if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
-        report["advice"] = advise(manifest, best)
-    return report
-
-
-=======
-        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles),
-    }
-
-
->>>>>>> int
 def describe(report: Mapping[str, Any]) -> list[str]:
     """The plan as a table for a person."""
     rows, columns = report["vae_tiles"]

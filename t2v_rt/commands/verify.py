@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from t2v_rt.engines.backends import backend_info, backend_of, load_parts
-=======
 from t2v_rt.commands.parsing import declare_options, given_options
-from t2v_rt.engines.backends import backend_of, load_parts
->>>>>>> int
+from t2v_rt.engines.backends import backend_info, backend_of, load_parts
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import VerificationError
 from t2v_rt.options import documented_by, option
@@ -77,15 +73,7 @@ def verify(
     """Runs the self-test of every component.
 
     Args:
-<<<<<<< HEAD
-        folder: of the bundle.
-        backend: must be the bundle's; None takes that one.
-        provider: of ONNX Runtime; None for `cpu`.
-        threads: of ONNX Runtime, per engine.
-        trust: whether plans from elsewhere may be run.
-=======
         folder: folder of the bundle.
->>>>>>> int
 
     Returns:
         `passed`, and for each component its error, tolerance and verdict.

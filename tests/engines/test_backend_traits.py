@@ -26,6 +26,7 @@ from t2v_rt.engines.tensorrt import cuda
 from t2v_rt.engines.tensorrt.library import check_targets
 from t2v_rt.export.graph import PRECISIONS
 from t2v_rt.runtime.memory.plan import CARD_RESERVE
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import make_request
 from t2v_rt.system import forked
 from t2v_rt.system.outputs import MANIFEST_NAME
@@ -162,7 +163,7 @@ def test_a_card_of_its_own_is_planned_against_its_memory_and_not_the_machine_s(
         TextToVideoPipeline.from_pretrained(narrow.bundle)("a ball", seed=1, **LARGE)
     pipe = on_card(narrow, CARD_RESERVE + 100_000_000)
     assert pipe.vram_budget == CARD_RESERVE + 100_000_000
-    plan = pipe.plan(make_request(pipe.manifest, prompt="a ball", seed=1, **LARGE))
+    plan = pipe.plan(make_request(pipe.manifest, CallOptions(prompt="a ball", seed=1, **LARGE)))
     assert (plan.reserve_bytes, plan.results_bytes, plan.parked_bytes) == (CARD_RESERVE, 0, 0)
     assert not plan.one_batch
     assert len(list(pipe.stream("a ball", seed=1, **LARGE))) == 9
@@ -173,14 +174,18 @@ def test_what_does_not_fit_the_card_is_refused_before_anything_is_loaded(narrow:
     with pytest.raises(RequestError, match=r"the budget is 0\.6 GB; no video of this model fits"):
         pipe("a ball", seed=1, **LARGE)
     assert pipe.stages.components.loaded == ()
-    least = on_card(narrow, None, budget=1).plan(make_request(pipe.manifest, prompt="", seed=1, **LARGE)).least_bytes
+    least = (
+        on_card(narrow, None, budget=1)
+        .plan(make_request(pipe.manifest, CallOptions(prompt="", seed=1, **LARGE)))
+        .least_bytes
+    )
     with pytest.raises(RequestError, match=r"the budget is .+; \d+x\d+ with \d frames would fit"):
         on_card(narrow, least - 1)("a ball", seed=1, **LARGE)
 
 
 def test_caches_are_parked_only_where_the_backend_can(narrow: Tiny) -> None:
     pipe = on_card(narrow, None, budget=1)
-    plan = pipe.plan(make_request(pipe.manifest, prompt="", seed=1, **LARGE))
+    plan = pipe.plan(make_request(pipe.manifest, CallOptions(prompt="", seed=1, **LARGE)))
     assert plan.grid != (1, 1)
     assert not any(parks for _, parks in plan.ways)
 
