@@ -18,7 +18,7 @@ $(VENV)/runtime: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/fast: $(VENV)/runtime  # no torch
-	$(INSTALL) --editable ".[hub,dev]"
+	$(INSTALL) --editable ".[hub,plots,dev]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/fast

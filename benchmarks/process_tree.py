@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from t2v_rt.errors import RequestError
 
 INTERVAL = 0.25  # seconds between samples: a large tensor takes as long
@@ -24,44 +26,41 @@ def measure(command: Sequence[str], folder: Path) -> dict[str, Any]:
 
     Returns:
         `seconds`; the most that was seen at once of `peak_rss_bytes` (resident memory of all processes, file pages they
-        map included), `peak_anonymous_bytes` (what the system cannot drop) and `peak_disk_bytes`.
+        map included), `peak_anonymous_bytes` (what the system cannot drop; elsewhere than on Linux, what is a
+        process's alone) and `peak_disk_bytes`.
 
     Raises:
-        RequestError: there is no /proc here, or the command failed.
+        RequestError: the command failed.
     """
-    if not Path("/proc/self/status").is_file():
-        raise RequestError("memory of a process tree is read from /proc; run this on Linux")
     start, peaks = time.perf_counter(), [0, 0, 0]
     process = subprocess.Popen(command)
-    while process.poll() is None:
-        sample = (*_memory(process.pid), _disk(folder))
+    root = psutil.Process(process.pid)
+    ended = False
+    while not ended:
+        ended = process.poll() is not None  # what it left behind is counted once more
+        sample = (*tree_memory(root), _disk(folder))
         peaks = [max(pair) for pair in zip(peaks, sample, strict=True)]
-        time.sleep(INTERVAL)
+        if not ended:
+            time.sleep(INTERVAL)
     if process.returncode:
         raise RequestError(f"{' '.join(command)} ended with exit code {process.returncode}")
     names = ("peak_rss_bytes", "peak_anonymous_bytes", "peak_disk_bytes")
     return {"seconds": time.perf_counter() - start, **dict(zip(names, peaks, strict=True))}
 
 
-def _memory(pid: int) -> tuple[int, int]:
+def tree_memory(process: psutil.Process) -> tuple[int, int]:
     """Resident and anonymous bytes of a process and its descendants; those that end meanwhile count nothing."""
     resident = anonymous = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmRSS:"):
-                resident = int(line.split()[1]) * 1024
-            elif line.startswith("RssAnon:"):
-                anonymous = int(line.split()[1]) * 1024
-        children = [
-            int(child)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text(encoding="utf-8").split()
-        ]
-    except OSError:
-        return resident, anonymous
-    for child in children:
-        more = _memory(child)
-        resident, anonymous = resident + more[0], anonymous + more[1]
+    with suppress(psutil.NoSuchProcess):
+        for member in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                if psutil.LINUX:
+                    info = member.memory_info()
+                    own = info.rss - info.shared
+                else:  # which has no reading of that
+                    info = member.memory_full_info()
+                    own = info.uss
+                resident, anonymous = resident + info.rss, anonymous + own
     return resident, anonymous
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.benchmarks.machine import describe_machine
-from t2v_rt.benchmarks.plot import line_plot
+from t2v_rt.plots import as_svg, new_figure
 
 PROMPTS = (
     "a red ball bouncing on a blue background",
@@ -53,6 +53,23 @@ def measure(pipe: TextToVideoPipeline, threshold: float, steps: int, rounds: int
     }
 
 
+def plot(report: Mapping[str, Any]) -> bytes:
+    """Speed-up and PSNR of each threshold, as an SVG."""
+    rows = report["rows"]
+    figure = new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    axes.plot([row["speed_up"] for row in rows], [row["psnr_db"] for row in rows], "o-")
+    for row in rows:
+        point = row["speed_up"], row["psnr_db"]
+        axes.annotate(f"{row['threshold']:g}", point, (8, 6), textcoords="offset points")
+    axes.set_title(f"Step cache, {report['steps']} steps: thresholds")
+    axes.set_xlabel("speed-up of denoising")
+    axes.set_ylabel("PSNR to the uncached video, dB")
+    axes.margins(0.12)
+    axes.grid(alpha=0.4)
+    return as_svg(figure)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints and stores a row for each threshold, and draws them."""
     parser = argparse.ArgumentParser(description="Speed-up and PSNR of the step cache.")
@@ -80,12 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     RESULTS.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.plot:
-        points = [(row["speed_up"], row["psnr_db"], f"{row['threshold']:g}") for row in rows]
-        title = f"Step cache, {options.num_inference_steps} steps: thresholds"
-        Path(options.plot).write_text(
-            line_plot(points, title=title, x_label="speed-up of denoising", y_label="PSNR to the uncached video, dB"),
-            encoding="utf-8",
-        )
+        Path(options.plot).write_bytes(plot(report))
 
 
 if __name__ == "__main__":

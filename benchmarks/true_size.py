@@ -51,7 +51,7 @@ def build(checkpoint: Path, bundle: Path, backend: str) -> dict[str, Any]:
         backend: `onnxruntime` or `tensorrt-rtx`.
     """
     command = [sys.executable, "-P", "-m", "t2v_rt", "build-engines", str(checkpoint), "--output", str(bundle)]
-    command += ["--backend", backend, *SIZE, *(("--precision", "fp16") if backend != "onnxruntime" else ())]
+    command += ["--backend", backend, *SIZE]
     bundle.parent.mkdir(parents=True, exist_ok=True)
     report = measure(command, bundle.parent)
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,10 +25,9 @@ PIECE = 1 << 18  # values looked at together, which a core's cache holds
 def to_float32(raw: NDArray[np.uint8], dtype: str, label: str) -> NDArray[np.float32]:
     """The values of a tensor's bytes; arguments and errors are those of `check_finite`."""
     check_finite(raw, dtype, label)
-    if dtype == "BF16":  # NumPy has no bfloat16: it is the upper half of a float32
-        widened = raw.view("<u2").astype(np.uint32)
-        widened <<= 16
-        return widened.view(np.float32)
+    if dtype == "BF16":
+        widened: NDArray[np.float32] = raw.view("<u2").view(ml_dtypes.bfloat16).astype(np.float32)
+        return widened
     if dtype == "F64":
         return narrowed(raw.view("<f8"), "float32", label)
     return raw.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32, copy=False)
@@ -71,11 +71,6 @@ def narrowed(array: NDArray[Any], dtype: str, label: str) -> NDArray[Any]:
 
 
 def to_bfloat16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of float32 values rounded to bfloat16, to nearest even."""
-    bits = array.view(np.uint32)
-    upper = bits >> 16
-    upper &= 1
-    upper += 0x7FFF
-    upper += bits
-    upper >>= 16
-    return upper.astype(np.uint16)
+    """The bits of float32 values rounded to bfloat16, to nearest even; what is no number stays none."""
+    with np.errstate(invalid="ignore"):  # of nan that signals
+        return array.astype(ml_dtypes.bfloat16).view(np.uint16)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.bundle.manifest import from_plain
 from t2v_rt.errors import RequestError, T2VError
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_file
 
+T = TypeVar("T")
 SUFFIX, SETTINGS = ".npz", "settings"
 
 
@@ -50,15 +52,15 @@ def save_arrays(path: str | Path, what: str, arrays: Mapping[str, NDArray[Any]],
     target = check_array_path(path, what)
     named: dict[str, NDArray[Any]] = {**arrays, SETTINGS: np.array(json.dumps(settings, ensure_ascii=False))}
     try:
-        with replacing(target) as temporary, temporary.open("wb") as stream:
+        with writing(target) as stream:
             np.savez(stream, **named)  # type: ignore[arg-type]
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc
 
 
 def load_arrays(
-    path: str | Path, what: str, names: tuple[str, ...], maker: str, expected: tuple[str, ...] = ()
-) -> tuple[list[NDArray[Any]], dict[str, Any]]:
+    path: str | Path, what: str, names: tuple[str, ...], maker: str, kind: type[T]
+) -> tuple[list[NDArray[Any]], T]:
     """Reads what `save_arrays` wrote.
 
     Args:
@@ -66,7 +68,7 @@ def load_arrays(
         what: it keeps, named in errors.
         names: of the arrays.
         maker: the command that makes such a file.
-        expected: settings that it has.
+        kind: that the settings are, such as a dataclass; `dict` for any.
 
     Returns:
         The arrays in that order, and the settings.
@@ -76,10 +78,7 @@ def load_arrays(
     """
     try:
         with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as content:
-            settings = dict(json.loads(str(content[SETTINGS])))
-            missing = [key for key in expected if key not in settings]
-            if missing:
-                raise KeyError(*missing)
+            settings = from_plain(json.loads(str(content[SETTINGS])), kind)
             return [content[name] for name in names], settings
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, BadZipFile) as exc:
         raise RequestError(f"{path}: no {what} can be read ({exc}); make them with {maker}") from exc

@@ -53,15 +53,15 @@ class BackendOptions:
     """Where engines run.
 
     Args:
-        backend: must be the backend that the bundle was built for, which is taken where none is named.
-        provider: provider of ONNX Runtime: `cpu` or `cuda`.
-        threads: threads of each engine on the CPU; all cores where it is left out, and never more than this process may
-            use.
+        backend: backend that the bundle was built for; another one is refused, and none need be named.
+        provider: provider of ONNX Runtime: `cpu` (where it is left out) or `cuda`.
+        threads: threads of each engine of ONNX Runtime; all cores where it is left out, and never more than this
+            process may use.
         trust: run plans that were not built on this machine by this user; they are native code.
     """
 
     backend: str | None = option(None, metavar="NAME")
-    provider: str = option("cpu", metavar="NAME")
+    provider: str | None = option(None, metavar="NAME")
     threads: int | None = option(None, read=int, metavar="COUNT")
     trust: bool = option(False)
 

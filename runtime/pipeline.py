@@ -22,7 +22,6 @@ from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
 from t2v_rt.runtime.memory.advice import check_room
-from t2v_rt.runtime.memory.estimates import on_card
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
@@ -51,7 +50,6 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle: the opened bundle.
         backend: loads its engines.
         vram_budget: bytes the engines may take together; None for all that the device has of its own.
-        provider: provider of ONNX Runtime; decides how guidance makes its two predictions where a call does not say.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
@@ -63,16 +61,15 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle: Bundle,
         backend: Backend,
         vram_budget: int | None = None,
-        provider: str = "cpu",
         vae_tiles: Grid | None = None,
         prompt_cache: bool = False,
         waits: bool = True,
     ) -> None:
         self.bundle = bundle
-        self.provider = provider
+        self.backend = backend
         manifest = bundle.manifest
         self._scheduler = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
-        self._options = (backend, vram_budget, provider, vae_tiles, prompt_cache, waits)
+        self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits)
         self._vae_tiles = vae_tiles
         self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
         self.admission = Admission(backend.memory_bytes if vram_budget is None else vram_budget, waits=waits)
@@ -86,7 +83,7 @@ class TextToVideoPipeline(DiffusersHabits):
         backend: str | None = None,
         vram_budget: int | str | None = None,
         *,
-        provider: str = "cpu",
+        provider: str | None = None,
         threads: int | None = None,
         vae_tiles: str | Sequence[int] | None = None,
         trust: bool = False,
@@ -107,7 +104,7 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
-            BackendError: the backend is unknown, not usable here, or not the bundle's.
+            BackendError: the backend is unknown, not usable here, not the bundle's, or lacks an option that is given.
             RequestError: the budget or the tiles cannot be read.
         """
         if backend is not None:
@@ -116,7 +113,7 @@ class TextToVideoPipeline(DiffusersHabits):
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
         engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
-        return cls(bundle, engines, budget, provider, grid, prompt_cache, waits)
+        return cls(bundle, engines, budget, grid, prompt_cache, waits)
 
     @property
     def manifest(self) -> Manifest:
@@ -309,7 +306,7 @@ class TextToVideoPipeline(DiffusersHabits):
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
         """
-        where = "card" if on_card(self.manifest) else self.provider
+        card = self.backend.own_memory
         tokens = request.tokens(self.manifest.model)
         return make_plan(
             self.manifest,
@@ -317,14 +314,15 @@ class TextToVideoPipeline(DiffusersHabits):
             budget=self.vram_budget,
             grid=self._vae_tiles,
             kept_frames=kept_frames,
-            batches=guidance_batches(request.guidance, request.guidance_batch, where, tokens),
+            batches=guidance_batches(request.guidance, request.guidance_batch, card, tokens),
             room=self._room,
             available=self._available_bytes(),
+            own_memory=card,
         )
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
-        return None if on_card(self.manifest) else available_memory_bytes()
+        return None if self.backend.own_memory else available_memory_bytes()
 
     def check_memory(self, request: Request, plan: MemoryPlan) -> None:
         """Refuses a request that cannot fit, before anything is allocated.
@@ -336,7 +334,8 @@ class TextToVideoPipeline(DiffusersHabits):
         Raises:
             RequestError: more is needed than there is or the budget allows; names the largest video that fits.
         """
-        check_room(self.manifest, request, plan, self._available_bytes(), self.vram_budget)
+        available, card = self._available_bytes(), self.backend.own_memory
+        check_room(self.manifest, request, plan, available, self.vram_budget, card)
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
@@ -361,7 +360,14 @@ class TextToVideoPipeline(DiffusersHabits):
         return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
 
     def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
-        whole = make_plan(self.manifest, latents.shape, budget=self.vram_budget, grid=self._vae_tiles, room=self._room)
+        whole = make_plan(
+            self.manifest,
+            latents.shape,
+            budget=self.vram_budget,
+            grid=self._vae_tiles,
+            room=self._room,
+            own_memory=self.backend.own_memory,
+        )
         plan = whole.of_stage("decode")
         with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
             yield from self.stages.decode(latents, plan, progress)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from t2v_rt.engines.bundle.manifest import FileEntry, Manifest
+from t2v_rt.engines.bundle.manifest import FileEntry, Manifest, from_plain
 from t2v_rt.errors import BundleError
 from t2v_rt.system.outputs import MANIFEST_NAME, check_place
 from t2v_rt.system.user_cache import UserCache
@@ -277,6 +278,21 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+class Stamp(NamedTuple):
+    """The hash of a file, and what it was then."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path, digest: str) -> Stamp:
+        """That of a file that is there."""
+        status = file.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest)
+
+
 class Stamps:
     """Hashes of a folder's files, remembered in the user's cache for as long as size and times stay the same.
 
@@ -288,30 +304,27 @@ class Stamps:
         self._folder = folder
         self._name = f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
         self._cache = UserCache("hashes")
-        self._known: Mapping[str, object] = self._load()
-        self._new: dict[str, list[object]] = {}
+        self._known = self._load()
+        self._new: dict[str, Stamp] = {}
 
-    def _load(self) -> Mapping[str, object]:
+    def _load(self) -> dict[str, Stamp]:
         try:
-            content = json.loads(self._cache.get(self._name) or b"{}")
+            return from_plain(json.loads(self._cache.get(self._name) or b"{}"), dict[str, Stamp])
         except ValueError:
             return {}  # an unreadable stamp: everything is hashed
-        return content if isinstance(content, dict) else {}
 
     def sha256(self, path: str) -> str:
         """The sha256 of a file of the folder, from the stamp where size and times still agree."""
-        file = self._folder / path
-        status = file.stat()
-        times = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        known = self._known.get(path)
-        digest = known[3] if isinstance(known, list) and len(known) == 4 and known[:3] == times else hash_file(file)
-        self._new[path] = [*times, digest]
-        return str(digest)
+        file, known = self._folder / path, self._known.get(path)
+        if known is None or known != Stamp.of(file, known.sha256):
+            before = Stamp.of(file, "")  # not after it: a change in between would be taken for what was hashed
+            known = before._replace(sha256=hash_file(file))
+        self._new[path] = known
+        return known.sha256
 
     def note(self, path: str, digest: str) -> None:
         """Takes over the hash of a file that this process has just written."""
-        status = (self._folder / path).stat()
-        self._new[path] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest]
+        self._new[path] = Stamp.of(self._folder / path, digest)
 
     def save(self) -> None:
         """Writes the stamp; a cache that cannot be written only costs the next opening its time."""

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.backends import BACKENDS
 from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.onnxruntime.library import ort
 from t2v_rt.engines.onnxruntime.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.specs import TensorSpec
+from t2v_rt.engines.tensorrt.cuda import card_bytes
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.numbers import as_integer
 from t2v_rt.system import forked
@@ -158,8 +160,7 @@ class OnnxRuntimeBackend:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.provider not in PROVIDERS:
-            raise BackendError(f"unknown provider {self.provider!r}; expected one of {', '.join(PROVIDERS)}")
+        BACKENDS["onnxruntime"].has_own_memory(self.provider)  # refuses an unknown one
         threads = as_integer(self.threads)
         if self.threads is not None and (threads is None or threads < 1):
             raise BackendError(f"threads is {self.threads!r}; expected an integer of 1 or more")
@@ -180,9 +181,14 @@ class OnnxRuntimeBackend:
         return f"{self.provider}, ONNX Runtime {ort.__version__}, {platform.node()}"
 
     @property
+    def own_memory(self) -> bool:
+        """Whether the provider's engines work in a card's memory."""
+        return BACKENDS["onnxruntime"].has_own_memory(self.provider)
+
+    @property
     def memory_bytes(self) -> int | None:
-        """Not known: ONNX Runtime does not tell it."""
-        return None
+        """Of the card, which CUDA tells and ONNX Runtime does not; None, and told once, where it cannot be asked."""
+        return card_bytes("cuda") if self.own_memory else None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.
@@ -196,7 +202,7 @@ class OnnxRuntimeBackend:
             EngineError: ONNX Runtime cannot load a graph.
             BackendError: the GPU is that of the process that this one was forked from.
         """
-        if self.provider != "cpu":
+        if self.own_memory:
             forked.claim_gpu()
         engines: dict[str, Engine] = {}
         for role, graph in spec.graphs.items():

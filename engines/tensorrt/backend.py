@@ -322,6 +322,10 @@ class TensorRTBackend:
         return self._card.identity
 
     @property
+    def own_memory(self) -> bool:
+        return True
+
+    @property
     def memory_bytes(self) -> int | None:
         return self._card.cuda.info.memory_bytes
 

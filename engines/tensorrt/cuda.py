@@ -7,9 +7,11 @@ when the last reference to it goes.
 from __future__ import annotations
 
 import importlib
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 
+logger = logging.getLogger(__name__)
 SUCCESS, OUT_OF_MEMORY, OLD_DRIVER, NO_DEVICE = 0, 2, 35, 100  # of cudaError_t
 NON_BLOCKING = 1  # a stream that does not wait for the default one
 PLAIN = 0  # flags of pinned memory
@@ -87,6 +90,76 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def find_device(runtime: Any, index: int = 0) -> DeviceInfo:
+    """Asks CUDA for a GPU; nothing is allocated on it.
+
+    Args:
+        runtime: of `load_cuda`.
+        index: of the GPU.
+
+    Raises:
+        BackendError: no driver, too old a driver, or no GPU.
+        EngineError: CUDA does not tell of it.
+    """
+    code, count = runtime.cudaGetDeviceCount()
+    if int(code) != SUCCESS or not count:
+        versions = (runtime.cudaDriverGetVersion()[1], runtime.cudaRuntimeGetVersion()[1])
+        raise BackendError(explain_no_device(int(code), *(version or 0 for version in versions)))
+    properties = call(runtime, runtime.cudaGetDeviceProperties, index)
+    return DeviceInfo(
+        bytes(properties.name).split(b"\0")[0].decode(errors="replace"),
+        (int(properties.major), int(properties.minor)),
+        int(call(runtime, runtime.cudaDriverGetVersion)),
+        int(properties.totalGlobalMem),
+    )
+
+
+def card_bytes(extra: str) -> int | None:
+    """Memory of the GPU in all, for a library that works on it and does not tell; None, and why once, if unknown.
+
+    Args:
+        extra: of t2v-rt that holds cuda-bindings.
+
+    Raises:
+        BackendError: the GPU is that of the process that this one was forked from.
+    """
+    forked.claim_gpu()
+    try:
+        return find_device(load_cuda(extra)).memory_bytes
+    except (BackendError, EngineError) as exc:
+        _tell_unknown(str(exc))
+        return None
+
+
+@cache
+def _tell_unknown(reason: str) -> None:
+    """Warns, once for each reason."""
+    logger.warning("the GPU's memory is not known, requests are held against a vram_budget only: %s", reason)
+
+
+def call(runtime: Any, function: Callable[..., tuple[Any, ...]], *arguments: Any, what: str = "") -> Any:
+    """Calls CUDA and returns what it gave besides the error code.
+
+    Args:
+        runtime: of `load_cuda`.
+        function: of it.
+        arguments: its own.
+        what: is asked for, named where memory runs out.
+
+    Raises:
+        OutOfMemoryError: there was not enough memory.
+        EngineError: any other error.
+    """
+    code, *values = function(*arguments)
+    if int(code) == OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"the GPU is out of memory{f': {what} were asked for' if what else ''}")
+    if int(code) != SUCCESS:
+        text = runtime.cudaGetErrorString(code)[1]
+        said = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+        raise EngineError(f"{function.__name__} failed: CUDA error {int(code)}, {said}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 class Cuda:
     """One GPU, and a stream on it in which everything happens in order.
 
@@ -101,12 +174,8 @@ class Cuda:
     def __init__(self, extra: str, index: int = 0) -> None:
         self._rt = load_cuda(extra)
         self._index = index
-        code, count = self._rt.cudaGetDeviceCount()
-        if int(code) != SUCCESS or not count:
-            versions = (self._rt.cudaDriverGetVersion()[1], self._rt.cudaRuntimeGetVersion()[1])
-            raise BackendError(explain_no_device(int(code), *(version or 0 for version in versions)))
+        self.info = find_device(self._rt, index)
         self.activate()
-        self.info = self._describe()
         self.stream = int(self._call(self._rt.cudaStreamCreateWithFlags, NON_BLOCKING))
         self._stream_end = weakref.finalize(self, self._rt.cudaStreamDestroy, self.stream)
         forked.watch(self)
@@ -115,15 +184,6 @@ class Cuda:
         """Leaves the stream to the parent; see `t2v_rt.system.forked`."""
         self._stream_end.detach()
 
-    def _describe(self) -> DeviceInfo:
-        properties = self._call(self._rt.cudaGetDeviceProperties, self._index)
-        return DeviceInfo(
-            bytes(properties.name).split(b"\0")[0].decode(errors="replace"),
-            (int(properties.major), int(properties.minor)),
-            int(self._call(self._rt.cudaDriverGetVersion)),
-            int(properties.totalGlobalMem),
-        )
-
     def activate(self) -> None:
         """Makes this GPU the calling thread's."""
         self._call(self._rt.cudaSetDevice, self._index)
@@ -131,11 +191,6 @@ class Cuda:
     def synchronize(self) -> None:
         """Waits until all that was queued is done."""
         self._call(self._rt.cudaStreamSynchronize, self.stream)
-
-    def free_bytes(self) -> int:
-        """Free memory of the GPU."""
-        free, _ = self._call(self._rt.cudaMemGetInfo)
-        return int(free)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -171,20 +226,7 @@ class Cuda:
         self._call(self._rt.cudaMemcpyAsync, target.address, source.address, nbytes, kind, self.stream)
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any, what: str = "") -> Any:
-        """Calls CUDA and returns what it gave besides the error code.
-
-        Raises:
-            OutOfMemoryError: there was not enough memory.
-            EngineError: any other error.
-        """
-        code, *values = function(*arguments)
-        if int(code) == OUT_OF_MEMORY:
-            raise OutOfMemoryError(f"the GPU is out of memory{f': {what} were asked for' if what else ''}")
-        if int(code) != SUCCESS:
-            text = self._rt.cudaGetErrorString(code)[1]
-            said = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-            raise EngineError(f"{function.__name__} failed: CUDA error {int(code)}, {said}")
-        return values[0] if len(values) == 1 else tuple(values)
+        return call(self._rt, function, *arguments, what=what)
 
 
 class DeviceBuffer:

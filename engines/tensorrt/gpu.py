@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import Any
 
+from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from t2v_rt.engines.tensorrt.library import Library
 from t2v_rt.errors import EngineError, OutOfMemoryError
@@ -52,7 +53,7 @@ class Card:
     def __init__(self, library: Library) -> None:
         forked.claim_gpu()
         self._library = library
-        self.cuda = Cuda(library.backend)
+        self.cuda = Cuda(backend_info(library.backend).extra)
         self.lock = threading.RLock()
         self.log = make_log(library.trt)
         self.runtime = library.trt.Runtime(self.log)

@@ -1,6 +1,7 @@
 """TensorRT and TensorRT for RTX: one interface in two libraries, and the one place that chooses between them.
 
-What differs is here: the module, and whether it builds for named GPUs without having one.
+What differs is here: whether it builds for named GPUs without having one, whose kernels are then compiled by the first
+calls.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from t2v_rt.engines.backends import backend_info, check_options
 from t2v_rt.errors import BackendError
 
 logger = logging.getLogger(__name__)
-MODULES: Mapping[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-RTX = "tensorrt-rtx"
-# GPUs that TensorRT-RTX builds for by name, and what they are
+# GPUs that plans are built for by name, and what they are
 TARGETS: Mapping[str, str] = {
     "sm75": "GeForce RTX 20",
     "sm80": "A100",
@@ -46,7 +46,7 @@ class Library:
     @property
     def builds_without_gpu(self) -> bool:
         """Whether plans are built for named GPUs; the other library builds for the one that it runs on."""
-        return self.backend == RTX
+        return "gpus" in backend_info(self.backend).options
 
     def builder_config(self, builder: Any, targets: Sequence[str]) -> Any:
         """A builder config for the targets; a timing cache is never set, for it asks for a GPU."""
@@ -70,7 +70,7 @@ class Library:
             plans come compiled.
         """
         own = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self.backend != RTX:
+        if not self.builds_without_gpu:  # so its kernels are in the plan
             return engine.create_execution_context(own), None
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(own)
@@ -89,12 +89,13 @@ def load_library(backend: str) -> Library:
     Raises:
         BackendError: it is not installed, or cannot be loaded here; the extra is named.
     """
+    info = backend_info(backend)
     try:
-        return Library(backend, importlib.import_module(MODULES[backend]))
+        return Library(backend, importlib.import_module(info.module))
     except (ImportError, OSError) as exc:
         reason = " ".join(str(exc).split())
         raise BackendError(
-            f"backend {backend} needs the package {MODULES[backend]!r} ({reason}); install t2v-rt[{backend}]"
+            f"backend {backend} needs the package {info.module!r} ({reason}); install t2v-rt[{info.extra}]"
         ) from exc
 
 
@@ -111,9 +112,8 @@ def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, 
     Raises:
         BackendError: an unknown name, no name, or a backend that does not build for named GPUs.
     """
-    if backend != RTX:
-        if gpus is not None:
-            raise BackendError(f"backend {backend} does not build for named GPUs; leave --gpu out, or use {RTX}")
+    check_options(backend, {"gpus": gpus})
+    if "gpus" not in backend_info(backend).options:
         return ()
     if gpus is None:
         return DEFAULT_TARGETS

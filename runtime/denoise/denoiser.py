@@ -15,10 +15,10 @@ from t2v_rt.runtime.denoise.guidance import Guidance
 from t2v_rt.runtime.families import TextRule
 
 Array = NDArray[np.float32]
-# Provider -> tokens, of all videos together, up to which one batch was measured to be the faster way: by 6 to 50 % up
-# to 720 tokens, by nothing certain from 1280 on, where it takes more memory (benchmarks/results/guidance.json, of the
-# demo's denoiser). On a GPU nothing was measured, and memory is what is short there: two calls.
-ONE_BATCH_TOKENS: Mapping[str, int] = {"cpu": 720}
+# Tokens, of all videos together, up to which one batch was measured to be the faster way on the CPU: by 6 to 50 % up to
+# 720 tokens, by nothing certain from 1280 on, where it takes more memory (benchmarks/results/guidance.json, of the
+# demo's denoiser). On a card nothing was measured, and memory is what is short there: two calls.
+ONE_BATCH_TOKENS = 720
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,27 @@ class Denoiser:
         return prediction
 
 
-def guidance_batches(guidance: Guidance, asked: bool | None, where: str, tokens: int) -> tuple[bool, ...]:
+def guidance_batches(guidance: Guidance, asked: bool | None, own_memory: bool, tokens: int) -> tuple[bool, ...]:
     """Whether both predictions of a step may be made in one batch, the better way first.
 
     Args:
         guidance: that needs them.
         asked: what the caller chose, or None.
-        where: the denoiser runs: `card`, or ONNX Runtime's provider.
+        own_memory: whether the denoiser works in a card's memory.
         tokens: of one prediction.
     """
     if not guidance.needs_negative:
         return (False,)
     if asked is not None:
         return (asked,)
-    return (True, False) if one_batch_is_faster(where, tokens) else (False,)
+    return (True, False) if one_batch_is_faster(own_memory, tokens) else (False,)
 
 
-def one_batch_is_faster(provider: str, tokens: int) -> bool:
-    """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked."""
-    return tokens <= ONE_BATCH_TOKENS.get(provider, 0)
+def one_batch_is_faster(own_memory: bool, tokens: int) -> bool:
+    """Whether two predictions of so many tokens are made sooner in one batch; the same answer whenever it is asked.
+
+    Args:
+        own_memory: whether engines work in a card's memory.
+        tokens: of all videos together.
+    """
+    return not own_memory and tokens <= ONE_BATCH_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from t2v_rt.engines.backends import backend_info, check_options
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import holds
 from t2v_rt.errors import RequestError
@@ -16,7 +17,9 @@ from t2v_rt.runtime.request import Request, make_request
 SHRINK = 0.9  # of height and width, from one try to the next
 
 
-def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int, budget: int) -> dict[str, int] | None:
+def largest_fitting(
+    manifest: Manifest, height: int, width: int, num_frames: int, budget: int, own_memory: bool | None = None
+) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
     One that the engines were built for, if there is any.
@@ -27,13 +30,15 @@ def largest_fitting(manifest: Manifest, height: int, width: int, num_frames: int
         width: in pixels, of the request that does not fit.
         num_frames: of the request that does not fit.
         budget: bytes.
+        own_memory: as `make_plan` takes it.
 
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
     """
     sizes = list(_smaller(manifest, height, width, num_frames))
     for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
-        if make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget).fits:
+        shape = manifest.model.latent_shape(1, *size)
+        if make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits:
             return dict(zip(("height", "width", "num_frames"), size, strict=True))
     return None
 
@@ -47,7 +52,12 @@ def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
 
 
 def check_room(
-    manifest: Manifest, request: Request, plan: MemoryPlan, available: int | None, budget: int | None
+    manifest: Manifest,
+    request: Request,
+    plan: MemoryPlan,
+    available: int | None,
+    budget: int | None,
+    own_memory: bool | None = None,
 ) -> None:
     """Refuses a request that cannot fit.
 
@@ -57,6 +67,7 @@ def check_room(
         plan: of the request's memory.
         available: bytes of the machine's memory, where engines work in it, else None.
         budget: bytes that engines may take, or None.
+        own_memory: as `make_plan` takes it.
 
     Raises:
         RequestError: more is needed than there is or the budget allows; names the largest video that fits.
@@ -66,7 +77,7 @@ def check_room(
     checks += [] if budget is None else [(plan.least_bytes, budget, "the budget")]
     for needed, room, what in checks:
         if needed > room:
-            best = largest_fitting(manifest, *size, room)
+            best = largest_fitting(manifest, *size, room, own_memory)
             raise RequestError(plan.refusal(needed, room, what, advise(manifest, best)))
 
 
@@ -76,6 +87,7 @@ def plan_request(
     *,
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
+    provider: str | None = None,
 ) -> dict[str, Any]:
     """Plans a request of a bundle that is known by its manifest alone.
 
@@ -84,6 +96,7 @@ def plan_request(
         options: whose size is planned; the bundle's where there is none.
         vram_budget: memory of the card, bytes or text such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; None for the coarsest grid that keeps to the budget.
+        provider: of ONNX Runtime, `cpu` or `cuda`, whether it is here or not; None for `cpu`.
 
     Returns:
         `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it; and where it does not fit,
@@ -91,12 +104,15 @@ def plan_request(
 
     Raises:
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
+        BackendError: an unknown provider, or a backend that has none to choose.
     """
+    check_options(manifest.backend, {"provider": provider})
+    card = backend_info(manifest.backend).has_own_memory(provider)
     request = make_request(manifest, options)
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid)
+    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid, own_memory=card)
     report = {
         "backend": manifest.backend,
         "height": size[0],
@@ -105,7 +121,7 @@ def plan_request(
         **to_json(made),
     }
     if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget)
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
         report["advice"] = advise(manifest, best)
     return report
 

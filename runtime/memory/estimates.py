@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.bundle.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.bundle.profiles import holds, nearest_profile
 from t2v_rt.engines.specs import StateSpec
@@ -45,11 +46,6 @@ class StageMemory:
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
-
-
-def on_card(manifest: Manifest) -> bool:
-    """Whether a bundle's engines run on a card, with memory of its own."""
-    return manifest.backend != "onnxruntime"
 
 
 def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
@@ -196,5 +192,5 @@ def tile_ways(manifest: Manifest, grid: Grid | None) -> list[Way]:
         known = ", ".join(f"{rows}x{columns}" for rows, columns in built_for)
         raise RequestError(f"vae_tiles is {grid[0]}x{grid[1]}; the engines were built for {known}")
     grids = [grid] if grid is not None else built_for or GRIDS
-    parkable = [item for item in grids if item != WHOLE] if on_card(manifest) else []
+    parkable = [item for item in grids if item != WHOLE] if backend_info(manifest.backend).parks_states else []
     return [(item, False) for item in grids] + [(item, True) for item in parkable]

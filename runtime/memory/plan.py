@@ -8,20 +8,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
 from t2v_rt.runtime.decode.tiles import Grid
 from t2v_rt.runtime.families import family_of
-from t2v_rt.runtime.memory.estimates import (
-    FLOAT,
-    RGB,
-    StageMemory,
-    Way,
-    denoise_stage,
-    encode_stage,
-    on_card,
-)
+from t2v_rt.runtime.memory.estimates import FLOAT, RGB, StageMemory, Way, denoise_stage, encode_stage
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
@@ -161,6 +154,7 @@ def make_plan(
     batches: Sequence[bool] = (False,),
     room: int | None = None,
     available: int | None = None,
+    own_memory: bool | None = None,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -168,13 +162,15 @@ def make_plan(
         manifest: of the bundle.
         shape: (B, C, F, H, W) of the latents.
         budget: bytes that the stages must keep to, or None.
-        grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget. On a card, caches
-            of tiles are parked in host memory where no grid keeps to it otherwise.
+        grid: tiles of the VAE decoder; None for the coarsest whose decode stage keeps to the budget. Where the backend
+            can, caches of tiles are parked in host memory where no grid keeps to it otherwise.
         kept_frames: frames that are held at once as float32 results.
         batches: whether guidance makes both predictions of a step in one batch, in the order that is preferred; the
             first whose denoise stage fits is taken, the last where none does.
         room: without a budget, bytes from which on the text encoder is not kept loaded; None for no limit.
         available: bytes of the machine's memory that the denoise stage must keep to as well, or None.
+        own_memory: whether engines work in a card's memory (see `Backend.own_memory`); None for what the bundle's
+            backend does where nothing else is asked of it.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -182,7 +178,8 @@ def make_plan(
     Raises:
         RequestError: more tiles than there are features, or a grid that the engines were not built for.
     """
-    card, limits = on_card(manifest), [limit for limit in (budget, available) if limit is not None]
+    card = backend_info(manifest.backend).has_own_memory() if own_memory is None else own_memory
+    limits = [limit for limit in (budget, available) if limit is not None]
     reserve = CARD_RESERVE if card else 0
     for one_batch in batches:
         denoise, estimated = denoise_stage(manifest, shape, one_batch)

@@ -8,14 +8,29 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.manifest import Manifest, to_plain
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.array_file import load_arrays, save_arrays
 from t2v_rt.runtime.families import family_of
 
 Array = NDArray[np.float32]
 PROMPT_EMBEDS = "prompt embeddings"  # as errors call what such a file keeps
-ARRAYS, SETTINGS = ("prompt_embeds", "negative_prompt_embeds"), ("encoder_id", "prompt", "negative_prompt")
+ARRAYS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """What such a file says of its arrays.
+
+    Args:
+        encoder_id: of the text encoder and tokenizer.
+        prompt: its text.
+        negative_prompt: the negative prompt's text.
+    """
+
+    encoder_id: str
+    prompt: str
+    negative_prompt: str
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,7 @@ def save_prompt(path: str | Path, embeds: PromptEmbeds, manifest: Manifest) -> N
     Raises:
         RequestError: the path cannot be written to.
     """
-    settings = {
-        "encoder_id": manifest.encoder_id,
-        "prompt": embeds.prompt,
-        "negative_prompt": embeds.negative_prompt,
-    }
+    settings = to_plain(EncodedTexts(manifest.encoder_id, embeds.prompt, embeds.negative_prompt))
     rule = family_of(manifest.model).text
     arrays = {name: rule.unpadded(getattr(embeds, name)[0]) for name in ARRAYS}
     save_arrays(path, PROMPT_EMBEDS, arrays, settings)
@@ -66,12 +77,11 @@ def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
     Raises:
         RequestError: the file is missing, damaged, or of another text encoder.
     """
-    arrays, settings = load_arrays(path, PROMPT_EMBEDS, ARRAYS, "t2v-rt encode", SETTINGS)
-    encoder, prompt, negative_prompt = (str(settings[name]) for name in SETTINGS)
-    if encoder != manifest.encoder_id:
+    arrays, texts = load_arrays(path, PROMPT_EMBEDS, ARRAYS, "t2v-rt encode", EncodedTexts)
+    if texts.encoder_id != manifest.encoder_id:
         raise RequestError(
-            f"{path} was made by the text encoder {encoder}, the bundle's is {manifest.encoder_id}; make it again with "
-            "t2v-rt encode and a bundle of the same checkpoint"
+            f"{path} was made by the text encoder {texts.encoder_id}, the bundle's is {manifest.encoder_id}; make it "
+            "again with t2v-rt encode and a bundle of the same checkpoint"
         )
     text, rule = manifest.model.text, family_of(manifest.model).text
     for array in arrays:
@@ -81,4 +91,5 @@ def load_prompt(path: str | Path, manifest: Manifest) -> PromptEmbeds:
             )
         if len(array) > text.length or not np.all(np.isfinite(array)):
             raise RequestError(f"{path} is damaged: too many positions or values that are not finite; make it again")
-    return PromptEmbeds(prompt, negative_prompt, *(rule.padded(array, text.length)[None] for array in arrays))
+    padded = (rule.padded(array, text.length)[None] for array in arrays)
+    return PromptEmbeds(texts.prompt, texts.negative_prompt, *padded)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.errors import RequestError, T2VError
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_file
 
 Frame = NDArray[np.uint8]
@@ -76,8 +76,8 @@ def write_png(path: str | Path, image: Frame) -> None:
     target = check_png(path)
     content = encode_png(image)
     try:
-        with replacing(target) as temporary:
-            temporary.write_bytes(content)
+        with writing(target) as stream:
+            stream.write(content)
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc
 

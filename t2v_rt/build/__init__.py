@@ -12,6 +12,7 @@ from t2v_rt.build.needs import estimate_needs
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.shares import Shares, Tell
 from t2v_rt.build.work_folder import Work, open_work
+from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, EmbeddingSpec, Manifest, from_plain
 from t2v_rt.engines.bundle.profiles import Sizes
 from t2v_rt.engines.bundle.store import Bundle, Stamps, check_bundle_place, open_bundle, read_manifest, write_manifest
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from t2v_rt.build.job import BuildJob
     from t2v_rt.build.units import Unit
     from t2v_rt.export.checkpoint import Checkpoint
-
-PRECISIONS = {"onnxruntime": "fp32"}  # of a backend where none is given; plans are half precision
 
 
 @documented_by(BuildOptions)
@@ -109,7 +108,7 @@ def build(options: BuildOptions, output: str | Path, *, force: bool = False, pro
         needs.check(target, work.finished_bytes)
         told = Shares(progress, [(unit.name, spec.weights_bytes) for unit, spec in zip(units, outline, strict=True)])
         written = _build(job, units, manifest, work, told)
-    if job.makes_plans:
+    if backend_info(options.backend).native_code:
         remember_built(target)
     _remember_hashes(target, written)
     told("done")
@@ -194,11 +193,11 @@ def _remember_hashes(target: Path, manifest: Manifest) -> None:
 def _precision(backend: str, given: str | None) -> str:
     from t2v_rt.export.graph import check_precision
 
-    precision = check_precision(given or PRECISIONS.get(backend, "fp16"))
-    known = ("fp32", "fp16") if backend == "onnxruntime" else ("fp16", "bf16")
-    if precision not in known:
-        why = "its processors lack it" if backend == "onnxruntime" else "it has fused attention for these only"
-        raise RequestError(f"precision is {precision!r}; backend {backend} takes {' or '.join(known)}: {why}")
+    info = backend_info(backend)
+    precision = check_precision(given or info.precisions[0])
+    if precision not in info.precisions:
+        known = " or ".join(info.precisions)
+        raise RequestError(f"precision is {precision!r}; backend {backend} takes {known}: {info.why_precisions}")
     return precision
 
 
@@ -225,9 +224,10 @@ def _check_request(manifest: Manifest) -> None:
 
 
 def _reusable(target: Path, manifest: Manifest) -> Bundle | None:
-    """The bundle at `target` if it is intact and was made from exactly this, and plans by nobody else; else None."""
+    """The bundle at `target` if it is intact and was made from exactly this, native code by nobody else; else None."""
+    native = backend_info(manifest.backend).native_code
     try:
-        if read_manifest(target).fingerprint != manifest.fingerprint or (manifest.profiles and not built_here(target)):
+        if read_manifest(target).fingerprint != manifest.fingerprint or (native and not built_here(target)):
             return None
         return open_bundle(target)
     except BundleError:

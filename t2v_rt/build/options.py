@@ -77,8 +77,9 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
+        targets = self.targets  # refuses what is no GPU, or not for this backend
         parse_profiles(self.height, self.width, self.num_frames, (1, 1, 1))
-        if self.precision == "bf16" and "sm75" in self.targets:
+        if self.precision == "bf16" and "sm75" in targets:
             raise RequestError(
                 "precision is 'bf16', which sm75 does not multiply; use fp16, or leave sm75 out of --gpu"
             )

@@ -11,11 +11,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.bundle.manifest import FileEntry
+from t2v_rt.engines.bundle.manifest import FileEntry, from_plain, to_plain
 from t2v_rt.engines.bundle.store import check_bundle_place, check_replaceable, hash_file
 from t2v_rt.errors import CheckpointError, RequestError
 from t2v_rt.system.files import (
@@ -25,13 +25,30 @@ from t2v_rt.system.files import (
     remove_abandoned,
     remove_tree,
     replace_directory,
-    replace_file,
+    writing,
 )
 
 logger = logging.getLogger(__name__)
 CONTINUES = "finished parts are kept, the same command goes on from there"
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is kept of a finished part.
+
+    Args:
+        fingerprint: of the build.
+        name: of the part.
+        files: its own, by their paths in the bundle.
+        result: what there is to say of it, as JSON.
+    """
+
+    fingerprint: str
+    name: str
+    files: Mapping[str, FileEntry]
+    result: Result
 
 
 class Work:
@@ -78,15 +95,9 @@ class Work:
         result = make()
         remove_tree(self.scratch)
         files = {path: _entry(self.bundle / path) for path in self._listed() if path not in self.files}
-        content = {
-            "fingerprint": self._fingerprint,
-            "name": name,
-            "files": {path: asdict(entry) for path, entry in files.items()},
-            "result": dict(result),
-        }
-        temporary = self.place / "note"
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        replace_file(temporary, self._notes / f"{name}.json")
+        note = to_plain(Note(self._fingerprint, name, files, result))
+        with writing(self._notes / f"{name}.json") as stream:
+            stream.write(json.dumps(note).encode())
         self.files.update(files)
         self._parts[name] = result
         return result
@@ -105,19 +116,18 @@ class Work:
     def _listed(self) -> list[str]:
         return sorted(path.relative_to(self.bundle).as_posix() for path in self.bundle.rglob("*") if path.is_file())
 
-    def _take(self, note: Path) -> None:
+    def _take(self, file: Path) -> None:
         """Takes over a part of an earlier build if it is one of this, to the last byte."""
         try:
-            content = json.loads(note.read_text(encoding="utf-8"))
-            files = {path: FileEntry(**entry) for path, entry in content["files"].items()}
-            same = content["fingerprint"] == self._fingerprint
-            if same and all(_entry(self.bundle / path) == entry for path, entry in files.items()):
-                self._parts[content["name"]] = content["result"]
-                self.files.update(files)
+            note = from_plain(json.loads(file.read_bytes()), Note)
+            same = note.fingerprint == self._fingerprint and file.name == f"{note.name}.json"
+            if same and all(_entry(self.bundle / path) == entry for path, entry in note.files.items()):
+                self._parts[note.name] = note.result
+                self.files.update(note.files)
                 return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
-            logger.info("%s is of no use: %s", note, exc)
-        remove_tree(note)
+        except (OSError, ValueError) as exc:
+            logger.info("%s is of no use: %s", file, exc)
+        remove_tree(file)
 
 
 def _entry(file: Path) -> FileEntry:

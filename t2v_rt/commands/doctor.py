@@ -9,10 +9,11 @@ import os
 import platform as python_platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata, util
 from typing import Any
 
+from t2v_rt.engines.backends import BACKENDS, BackendInfo
 from t2v_rt.system.resources import available_memory_bytes
 
 LIBRARIES = (
@@ -21,8 +22,6 @@ LIBRARIES = (
 )  # fmt: skip
 GPU_FIELDS = ("name", "driver_version", "compute_cap", "memory.total", "memory.free")
 SMI_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
-LEAST_COMPUTE = {"tensorrt-rtx": 7.5, "tensorrt": 7.5}
-EXTRAS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 
 EXAMPLE = "example: t2v-rt doctor"
 
@@ -54,10 +53,9 @@ def examine() -> dict[str, Any]:
         "gpus": gpus,
         "gpu_problem": gpu_problem,
         "backends": {
-            "onnxruntime": _onnxruntime("CPUExecutionProvider", [], ""),
-            "onnxruntime, cuda": _onnxruntime("CUDAExecutionProvider", gpus, gpu_problem),
-            "tensorrt-rtx": _tensorrt("tensorrt-rtx", gpus, gpu_problem),
-            "tensorrt": _tensorrt("tensorrt", gpus, gpu_problem),
+            entry: verdict
+            for name, info in BACKENDS.items()
+            for entry, verdict in _verdicts(name, info, gpus, gpu_problem)
         },
     }
 
@@ -137,28 +135,40 @@ def _verdict(why: str = "", todo: str = "") -> dict[str, Any]:
     return {"usable": not why, "why": why, "todo": todo}
 
 
-def _onnxruntime(provider: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
+def _verdicts(
+    name: str, info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and verdict of a backend, or of each provider that it can run on."""
+    if info.ahead_of_time:
+        yield name, _plans(info, gpus, gpu_problem)
+    for provider in info.providers:
+        entry = name if provider == info.default_provider else f"{name}, {provider}"
+        yield entry, _graphs(info, provider, gpus, gpu_problem)
+
+
+def _graphs(info: BackendInfo, provider: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
+    from t2v_rt.engines.onnxruntime.backend import PROVIDERS
     from t2v_rt.engines.onnxruntime.library import ort
 
-    if provider not in ort.get_available_providers():
-        return _verdict(f"this ONNX Runtime has no {provider}", "install t2v-rt[cuda] on a machine with a GPU")
-    if provider != "CPUExecutionProvider" and not gpus:
+    called, _ = PROVIDERS[provider]
+    if called not in ort.get_available_providers():
+        return _verdict(f"this ONNX Runtime has no {called}", f"install t2v-rt[{provider}] on a machine with a GPU")
+    if info.has_own_memory(provider) and not gpus:
         return _verdict(gpu_problem, "use it on a machine with an NVIDIA GPU and driver")
     return _verdict()
 
 
-def _tensorrt(name: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
-    module, extra = EXTRAS[name]
-    if util.find_spec(module) is None:
-        return _verdict(f"the package {module} is not installed", f"install t2v-rt[{extra}]")
+def _plans(info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
+    if util.find_spec(info.module) is None:
+        return _verdict(f"the package {info.module} is not installed", f"install t2v-rt[{info.extra}]")
     if util.find_spec("cuda") is None or util.find_spec("cuda.bindings") is None:
-        return _verdict("the package cuda-bindings is not installed", f"install t2v-rt[{extra}]")
+        return _verdict("the package cuda-bindings is not installed", f"install t2v-rt[{info.extra}]")
     if not gpus:
-        builds = "engines can be built here all the same" if name == "tensorrt-rtx" else "it builds on a GPU only"
+        builds = "engines can be built here all the same" if "gpus" in info.options else "it builds on a GPU only"
         return _verdict(gpu_problem, builds)
     best = max(gpu["compute_capability"] for gpu in gpus)
-    if best < LEAST_COMPUTE[name]:
+    if info.least_compute is not None and best < info.least_compute:
         return _verdict(
-            f"the GPU has compute capability {best}", f"use one of {LEAST_COMPUTE[name]} or more (RTX 20 or newer)"
+            f"the GPU has compute capability {best}", f"use one of {info.least_compute} or more (RTX 20 or newer)"
         )
     return _verdict()

@@ -81,7 +81,7 @@ def encode(
     *,
     negative_prompt: str | None = None,
     backend: str | None = None,
-    provider: str = "cpu",
+    provider: str | None = None,
     threads: int | None = None,
     vram_budget: int | str | None = None,
     trust: bool = False,

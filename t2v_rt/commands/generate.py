@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.commands.bars import Bars
 from t2v_rt.commands.parsing import declare_options, given_options
-from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.manifest import Manifest, from_plain
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
 from t2v_rt.options import option
@@ -52,6 +52,15 @@ FILE_SETTINGS = ("fps", "bundle_id")  # what metadata holds beside a request's s
 STEPS = frozenset(("num_inference_steps", "timesteps", "sigmas"))  # each says how many there are: one replaces all
 SHIFTS = ("flow_shift", "shift")  # what configs call it
 EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """The size of the video that kept latents are of, among their settings."""
+
+    height: int
+    width: int
+    num_frames: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,11 +344,14 @@ def _sample_only(
 
 
 def _read_latents(pipe: TextToVideoPipeline, path: str | Path) -> tuple[NDArray[np.float32], dict[str, Any]]:
-    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), "t2v-rt generate … --save-latents")
-    model, known = pipe.manifest.model, set(settings) >= {"height", "width", "num_frames"}
-    if not known or latents.shape != model.latent_shape(
-        1, settings["height"], settings["width"], settings["num_frames"]
-    ):
+    maker = "t2v-rt generate … --save-latents"
+    (latents,), settings = load_arrays(path, LATENTS, (LATENTS,), maker, dict[str, Any])
+    try:
+        size = from_plain(settings, VideoSize)
+        same = latents.shape == pipe.manifest.model.latent_shape(1, size.height, size.width, size.num_frames)
+    except ValueError:  # no size at all
+        same = False
+    if not same:
         raise RequestError(f"{path}: latents of shape {list(latents.shape)} are not this model's; use its own bundle")
     return latents.astype(np.float32, copy=False), settings
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,17 @@ from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import T2VError
 from t2v_rt.options import documented_by, option
+from t2v_rt.plots import as_svg, new_figure
 from t2v_rt.runtime.memory.advice import plan_request
 from t2v_rt.runtime.options import CallOptions
-from t2v_rt.system.files import replacing
+from t2v_rt.system.files import writing
 from t2v_rt.system.outputs import check_apart, check_file
 
 PARTS = {"weights_bytes": "#1f6fb4", "context_bytes": "#f2a541", "state_bytes": "#7fb069", "io_bytes": "#b8b8b8"}
 GB = 1e9
-LEFT, BAR, GAP, WIDTH = 80, 34, 18, 640  # of the picture
+WIDTH, BAR, AROUND = 7.0, 0.55, 1.3  # inches of the picture: its width, a stage's height, and that of all else
+LABEL_ROOM = 1.18  # of the axis, so that the label after the longest bar is inside
+BUDGET_COLOUR = "#c0392b"
 
 
 EXAMPLE = "example: t2v-rt plan build/demo --vram-budget 8GiB"
@@ -37,7 +39,9 @@ class PlanOptions:
         num_frames: frames of the video; the bundle's default where it is left out.
         vram_budget: memory of the card, such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
-        picture: svg file that the plan is drawn into as well.
+        provider: provider of ONNX Runtime that is planned for, whether it is here or not: `cpu` (where it is left out),
+            or `cuda`, whose engines work in a card's memory.
+        picture: svg file that the plan is drawn into as well, which takes t2v-rt[plots].
     """
 
     bundle: str = option(positional=True, metavar="BUNDLE")
@@ -46,6 +50,7 @@ class PlanOptions:
     num_frames: int | None = option(None, read=int, metavar="COUNT")
     vram_budget: str | int | None = option(None, metavar="SIZE")
     vae_tiles: str | None = option(None, metavar="RxC")
+    provider: str | None = option(None, metavar="NAME")
     picture: str | None = option(None, metavar="FILE")
 
 
@@ -67,6 +72,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         num_frames=options.num_frames,
         vram_budget=options.vram_budget,
         vae_tiles=options.vae_tiles,
+        provider=options.provider,
     )
     if options.picture is not None:
         write_picture(report, options.picture)
@@ -82,6 +88,7 @@ def plan(
     num_frames: int | None = None,
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
+    provider: str | None = None,
 ) -> dict[str, Any]:
     """Plans a request.
 
@@ -96,12 +103,13 @@ def plan(
     Raises:
         BundleError: the bundle cannot be used.
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
+        BackendError: the provider is unknown, or the bundle's backend has none to choose.
     """
     manifest = open_bundle(folder).manifest
     options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
     return {
         "bundle_id": manifest.bundle_id,
-        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles),
+        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
     }
 
 
@@ -134,47 +142,48 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def picture(report: Mapping[str, Any]) -> str:
-    """The plan as an SVG: a stacked bar for each stage against the card."""
-    most = max(report["budget_bytes"] or 0, *(stage["total_bytes"] for stage in report["stages"]), 1)
-    scale = (WIDTH - LEFT - GAP) / most
-    bottom = GAP + len(report["stages"]) * (BAR + GAP)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 44}" font-family="sans-serif" '
-        'font-size="13">',
-        f'<rect width="{WIDTH}" height="{bottom + 44}" fill="white"/>',
-    ]
-    for i, stage in enumerate(report["stages"]):
-        x, y = float(LEFT), GAP + i * (BAR + GAP)
-        lines.append(f'<text x="8" y="{y + 22}">{escape(stage["name"])}</text>')
-        for part, colour in PARTS.items():
-            wide = stage[part] * scale
-            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{BAR}" fill="{colour}"/>')
-            x += wide
-        lines.append(f'<text x="{min(x + 6, WIDTH - 70):.1f}" y="{y + 22}">{stage["total_bytes"] / GB:.2f} GB</text>')
-    if report["budget_bytes"] is not None:
-        x = LEFT + report["budget_bytes"] * scale
-        lines.append(f'<path d="M{x:.1f} 6V{bottom}" stroke="#c0392b" stroke-width="2"/>')
-        lines.append(
-            f'<text x="{x - 4:.1f}" y="{bottom + 12}" text-anchor="end">{report["budget_bytes"] / GB:.2f} GB</text>'
-        )
-    for i, (part, colour) in enumerate(PARTS.items()):
-        x, y = LEFT + i * 120, bottom + 22
-        lines.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>')
-        lines.append(f'<text x="{x + 18}" y="{y + 11}">{part.removesuffix("_bytes")}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+def picture(report: Mapping[str, Any]) -> bytes:
+    """The plan as an SVG: a stacked bar for each stage against the card.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    stages, budget = report["stages"], report["budget_bytes"]
+    figure = new_figure(WIDTH, BAR * len(stages) + AROUND)
+    axes = figure.subplots()
+    names, ends = [stage["name"] for stage in stages], [0.0] * len(stages)
+    for part, colour in PARTS.items():
+        sizes = [stage[part] / GB for stage in stages]
+        bars = axes.barh(names, sizes, left=ends, color=colour, label=part.removesuffix("_bytes"))
+        for name, bar in zip(names, bars, strict=True):
+            bar.set_gid(f"{name}.{part}")
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for row, stage in enumerate(stages):
+        total = f"{stage['total_bytes'] / GB:.2f} GB"
+        axes.annotate(total, (ends[row], row), (4, 0), textcoords="offset points", va="center")
+    if budget is not None:
+        axes.axvline(budget / GB, color=BUDGET_COLOUR, linewidth=2, gid="budget")
+        place, above = (budget / GB, 1), ("data", "axes fraction")
+        told = f"{budget / GB:.2f} GB"
+        axes.annotate(told, place, (0, 4), above, "offset points", ha="center", color=BUDGET_COLOUR)
+    axes.set_xlim(0, max([*ends, (budget or 1) / GB]) * LABEL_ROOM)
+    axes.set_xlabel("GB")
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
+    return as_svg(figure)
 
 
 def check_picture(path: str | Path) -> Path:
-    """Checks that the picture can be written; see `check_file`."""
+    """Checks that the picture can be drawn and written; see `check_file`. Raises InputError without matplotlib."""
+    new_figure(WIDTH, BAR)
     return check_file(path, ".svg", "an svg file")
 
 
 def write_picture(report: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the picture, whole or not at all; raises RequestError where it cannot be written."""
+    """Writes the picture, whole or not at all; raises InputError where it cannot be drawn or written there."""
     target = check_picture(path)
     try:
-        with replacing(target) as temporary:
-            temporary.write_text(picture(report), encoding="utf-8", newline="\n")
+        with writing(target) as stream:
+            stream.write(picture(report))
     except OSError as exc:
         raise T2VError(f"{target} cannot be written ({exc}); free some disk space or choose another place") from exc

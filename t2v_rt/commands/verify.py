@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.commands.parsing import declare_options, given_options
-from t2v_rt.engines.backends import backend_of, load_parts
+from t2v_rt.engines.backends import backend_info, backend_of, load_parts
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import VerificationError
 from t2v_rt.options import documented_by, option
@@ -66,7 +66,7 @@ def verify(
     folder: str | Path,
     backend: str | None = None,
     *,
-    provider: str = "cpu",
+    provider: str | None = None,
     threads: int | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def verify(
 
     Raises:
         BundleError: the bundle cannot be used, or carries no self-test.
-        BackendError: the backend cannot be used here.
+        BackendError: the backend cannot be used here, or lacks an option that is given.
         EngineError: an engine failed.
     """
     bundle = open_bundle(folder)
@@ -94,7 +94,7 @@ def verify(
     return {
         "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,
-        "provider": provider,
+        "provider": backend_info(manifest.backend).default_provider if provider is None else provider,
         "passed": all(verdict.passed for verdict in verdicts),
         "components": {
             verdict.component: {"error": verdict.error, "tolerance": verdict.tolerance, "passed": verdict.passed}

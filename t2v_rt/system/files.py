@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import InputError, RequestError
 from t2v_rt.system.temporaries import ASIDE, NAME_KEPT, abandoned_siblings, temporary_sibling
 
 __all__ = ["temporary_sibling"]
 
 logger = logging.getLogger(__name__)
+LOCK_SECONDS = 0.2  # a lock that its last holder has just removed is there at the next try
 TRIES = 10  # on Windows a virus scanner or an indexer may hold a new file for a moment
 PAUSE = 0.05  # seconds before the first retry, growing with each: 2.3 in all
 
@@ -44,55 +45,44 @@ def is_private(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, reason: str) -> Iterator[None]:
-    """Holds a lock that ends with this process, however that ends.
+    """Holds a lock that ends with this process, however that ends; for builds, whose extra brings what it takes.
 
     Args:
         path: of the lock file, which is removed afterwards.
-        reason: what it means that another process holds it.
+        reason: what it means that another process, or thread, holds it.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: it is held already.
+        InputError: filelock is not installed.
     """
-    while True:
-        stream = path.open("ab")
-        if not _try_lock(stream):
-            stream.close()
-            raise RequestError(f"{reason}; wait for it to end")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
-                break
-        stream.close()  # its holder removed it after it was opened here
     try:
-        yield
-    finally:
-        if sys.platform == "win32":  # where an open file cannot be removed
-            stream.close()
-        with suppress(OSError):
-            path.unlink()
-        stream.close()
-
-
-def _try_lock(stream: BinaryIO) -> bool:
+        from filelock import FileLock, Timeout
+    except ImportError as exc:
+        raise InputError(f"building engines needs the package {exc.name!r}; install t2v-rt[build]") from exc
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        lock = FileLock(path).acquire(timeout=LOCK_SECONDS, poll_interval=LOCK_SECONDS / TRIES)
+    except Timeout as exc:
+        raise RequestError(f"{reason}; wait for it to end") from exc
+    with lock:
+        try:
+            yield
+        finally:
+            # While it is held, nobody else can take it, and who has opened it already opens another. On Windows, where
+            # an open file cannot be removed, filelock does it afterwards.
+            if sys.platform != "win32":
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary name for a file that takes the place of `target` when the block ends well, and else goes.
+def writing(target: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """A file that takes the place of `target` when the block ends well, and else goes: whole or not at all.
 
     Args:
         target: its final name; an older file there stays untouched until then.
+        private: whether only its owner may read it, see `create_private`.
+
+    Yields:
+        The file, opened for writing.
 
     Raises:
         OSError: the system refuses, also after short retries.
@@ -100,7 +90,8 @@ def replacing(target: Path) -> Iterator[Path]:
     remove_abandoned(target)
     temporary = temporary_sibling(target)
     try:
-        yield temporary
+        with create_private(temporary) if private else temporary.open("xb") as stream:
+            yield stream
         replace_file(temporary, target)
     finally:
         remove_tree(temporary)

@@ -6,7 +6,6 @@ or on another machine that has the same disk, the same number means another proc
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import os
@@ -19,13 +18,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 NAME_KEPT = 40  # characters of a name that its siblings repeat; names end at 255 bytes
 UNFINISHED, ASIDE = "tmp", "old"
 FOREIGN_SECONDS = 7 * 86_400.0  # untouched for so long, what another machine began is not going on: no video takes that
-# Windows' own: the exit code of a running process, the right to ask for it, and the error of who has no such right
-STILL_ACTIVE, QUERY_LIMITED, ACCESS_DENIED = 259, 0x1000, 5
 
 _own, _numbers = secrets.token_hex(4), itertools.count()
 
@@ -73,7 +69,9 @@ def abandoned_siblings(path: Path) -> Iterator[tuple[Path, str]]:
 def is_running(process: int) -> bool:
     """Whether there is a process of that number here; it may be another one than it was."""
     if sys.platform == "win32":
-        return _is_running_on_windows(process)
+        import psutil
+
+        return bool(psutil.pid_exists(process))
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -95,16 +93,3 @@ def _here() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     return python_platform.node()
-
-
-def _is_running_on_windows(process: int) -> bool:
-    windows: Any = ctypes  # what is used of it is absent from the type stubs of other systems
-    kernel = windows.WinDLL("kernel32", use_last_error=True)
-    kernel.OpenProcess.restype = ctypes.c_void_p
-    handle = kernel.OpenProcess(QUERY_LIMITED, False, process)
-    if not handle:
-        return bool(windows.get_last_error() == ACCESS_DENIED)  # it is there, and somebody else's
-    code = ctypes.c_uint32()
-    known = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
-    kernel.CloseHandle(ctypes.c_void_p(handle))
-    return not known or code.value == STILL_ACTIVE

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from t2v_rt.system.files import create_private, is_private, replacing
+from t2v_rt.system.files import is_private, writing
 
 logger = logging.getLogger(__name__)
 PRIVATE = stat.S_IRWXU
@@ -84,7 +84,7 @@ class UserCache:
             path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
             for folder in (path.parent.parent, path.parent):
                 folder.mkdir(mode=PRIVATE, exist_ok=True)
-            with replacing(path) as temporary, create_private(temporary) as stream:
+            with writing(path, private=True) as stream:
                 stream.write(content)
         except OSError as exc:
             _tell(f"nothing can be kept in {path.parent.parent} ({exc.strerror or exc})")
@@ -108,19 +108,16 @@ class UserCache:
 
 
 def _place() -> Path | None:
-    if sys.platform == "win32":
-        base, below = os.environ.get("LOCALAPPDATA", ""), "AppData/Local"
-    elif sys.platform == "darwin":
-        base, below = "", "Library/Caches"
-    else:
-        base, below = os.environ.get("XDG_CACHE_HOME", ""), ".cache"
-    if Path(base).is_absolute():  # the standard: ignored where relative
-        return Path(base, "t2v-rt")
-    try:
-        home = Path.home()
-    except (RuntimeError, KeyError):  # neither a variable nor an entry among the users says it
+    from platformdirs import user_cache_path  # here, as importing the pipeline should not pay for it
+
+    given = [os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME", os.sep)]
+    if sys.platform != "win32" and not any(map(os.path.isabs, given)):  # else the home of another than HOME were taken
         return None
-    return home / below / "t2v-rt" if home.is_absolute() else None
+    try:
+        place = user_cache_path("t2v-rt", appauthor=False, opinion=False)
+    except (RuntimeError, KeyError, OSError):  # neither a variable nor an entry among the users says it
+        return None
+    return place if place.is_absolute() else None
 
 
 def _objection(folder: Path) -> str:

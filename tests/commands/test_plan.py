@@ -69,7 +69,8 @@ def test_the_command(narrow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture
     drawing = tmp_path / "plan.svg"
     assert main(["plan", str(narrow.bundle), "--vram-budget", "1GB", "--picture", str(drawing)]) == 0
     assert "fits 1.000 GB" in capsys.readouterr().out
-    assert len(xml.dom.minidom.parse(str(drawing)).getElementsByTagName("rect")) > 3 * len(PARTS)
+    named = [item.getAttribute("id") for item in xml.dom.minidom.parse(str(drawing)).getElementsByTagName("g")]
+    assert {f"{stage}.{part}" for stage in ("encode", "denoise", "decode") for part in PARTS} | {"budget"} <= {*named}
     assert main(["plan", str(narrow.bundle), "--vram-budget", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] is False

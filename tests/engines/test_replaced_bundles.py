@@ -187,6 +187,10 @@ class Interrupted:
         return self.backend.identity
 
     @property
+    def own_memory(self) -> bool:
+        return self.backend.own_memory
+
+    @property
     def memory_bytes(self) -> int | None:
         return self.backend.memory_bytes
 

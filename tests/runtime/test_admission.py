@@ -30,6 +30,7 @@ class Watched:
     """A backend that tells how many bytes of weights were loaded at most."""
 
     device = identity = ""
+    own_memory: bool = False
     memory_bytes: int | None = None
 
     def __init__(self, backend: Backend) -> None:

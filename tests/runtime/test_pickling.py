@@ -48,7 +48,7 @@ def test_a_pipeline_comes_back_with_its_options_and_its_scheduler_and_makes_the_
     assert other.stages is not pipe.stages
     assert other.bundle == pipe.bundle
     assert other.vram_budget == pipe.vram_budget == 900_000_000
-    assert other.provider == pipe.provider
+    assert other.backend == pipe.backend  # provider and threads
     assert repr(other.scheduler) == repr(pipe.scheduler)
     assert other.scheduler is not pipe.scheduler
     assert np.array_equal(make(other), expected)

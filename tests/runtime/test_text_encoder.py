@@ -45,6 +45,7 @@ class Watched:
     names: list[str] = field(default_factory=list)
     most: int = 0
     device: str = ""
+    own_memory: bool = False
     memory_bytes: int | None = None
 
     @property

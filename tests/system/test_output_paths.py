@@ -185,7 +185,7 @@ def test_links_are_written_through(here: Path) -> None:
     write_png("i.png", IMAGE)
     save_arrays("l.npz", "latents", {"latents": IMAGE}, {})
     write_picture({"stages": [STAGE], "budget_bytes": None}, "p.svg")
-    assert load_arrays("l.npz", "latents", ("latents",), "")[0][0].shape == IMAGE.shape
+    assert load_arrays("l.npz", "latents", ("latents",), "", dict)[0][0].shape == IMAGE.shape
     for name in ("i.png", "l.npz", "p.svg"):
         assert (here / name).is_symlink()
         assert (here / "far" / name).read_bytes() != b"old"

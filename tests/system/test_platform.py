@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from t2v_rt.benchmarks.process_tree import measure, tree_memory
 from t2v_rt.errors import RequestError
-from t2v_rt.system import cgroups, files
+from t2v_rt.system import cgroups, files, resources
 from t2v_rt.system.resources import available_memory_bytes
 from t2v_rt.system.user_cache import cache_folder
 
@@ -159,7 +163,7 @@ def test_parents_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variable = {"win32": "LOCALAPPDATA", "darwin": "HOME"}.get(sys.platform, "XDG_CACHE_HOME")
+    variable = {"win32": "WIN_PD_OVERRIDE_LOCAL_APPDATA", "darwin": "HOME"}.get(sys.platform, "XDG_CACHE_HOME")
     monkeypatch.setenv(variable, str(tmp_path))
     folder = cache_folder()
     assert folder is not None
@@ -225,3 +229,47 @@ def test_memory_groups(tmp_path: Path) -> None:
     assert room("0::/../other\n") is None
     group("memory", "700", 100, 0, version=1)  # a container's own group, mounted as the root
     assert room("5:cpu:/x\n4:memory,hugetlb:/docker/abc\n0::/\n") == 600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="holds the reading of other systems against Linux's own")
+def test_other_systems_are_asked_through_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "memory_room", lambda: None)
+    expected = available_memory_bytes()
+    monkeypatch.setattr(resources, "sys", SimpleNamespace(platform="darwin"))
+    assert available_memory_bytes() == pytest.approx(expected, rel=READING_TOLERANCE)
+
+
+# Holds memory, and has a child that holds as much; both until they are told to end.
+HOLDERS = """
+import subprocess, sys
+import numpy as np
+array = np.ones(int(sys.argv[1]), np.uint8)
+if len(sys.argv) > 2:
+    subprocess.run([sys.executable, "-c", sys.argv[2], sys.argv[1]], check=True)
+else:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_memory_of_a_process_tree_counts_those_it_starts() -> None:
+    size, pipe = 100_000_000, subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", HOLDERS, str(size), HOLDERS], stdin=pipe, stdout=pipe)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == b"held"
+        resident, anonymous = tree_memory(psutil.Process(process.pid))
+        process.communicate()
+    assert anonymous >= 2 * size * (1 - READING_TOLERANCE)
+    assert resident >= anonymous
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        assert tree_memory(psutil.Process(process.pid)) == (0, 0)
+
+
+def test_a_command_and_its_folder_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    found = measure([sys.executable, "-c", ""], tmp_path)
+    assert found["peak_rss_bytes"] >= found["peak_anonymous_bytes"]
+    assert found["peak_disk_bytes"] == 5
+    with pytest.raises(RequestError, match="ended with exit code 3"):
+        measure([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)

@@ -64,7 +64,7 @@ def _full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("t2v_rt.system.user_cache.create_private", refuse)
+    monkeypatch.setattr("t2v_rt.system.files.create_private", refuse)
 
 
 CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], str]] = {
@@ -113,7 +113,9 @@ def test_what_others_could_have_written_is_not_believed(
 
 
 def test_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(tmp_path / "a" / "b"))
+    monkeypatch.setenv(
+        "WIN_PD_OVERRIDE_LOCAL_APPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(tmp_path / "a" / "b")
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     entries = UserCache("kind")
     assert entries.get("x") is None

@@ -1,0 +1,1 @@
+../../t2v_rt/plots.py
