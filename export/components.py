@@ -11,7 +11,7 @@ from t2v_rt.engines.specs import StateSpec
 from t2v_rt.export import tokenizer
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import Form, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
 from t2v_rt.export.weight_file import WeightFile
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def export_component(
     configs: Configs,
     folder: Path,
     precision: Precision,
-    forms: Mapping[str, Form] | None = None,
+    graph_options: Mapping[str, GraphOptions] | None = None,
     roles: Sequence[str] | None = None,
     store_type: type[WeightFile] = WeightFile,
 ) -> ComponentSpec:
@@ -36,7 +36,7 @@ def export_component(
         configs: of it, as its family reads them.
         folder: of the bundle; a folder of the component's name is made in it where there is none.
         precision: of matmul and convolution operands.
-        forms: how the backend wants the graph of each role; None for ONNX Runtime's.
+        graph_options: how the backend wants the graph of each role; None for ONNX Runtime's.
         roles: of the graphs to write; None for all.
         store_type: `WeightSizes` leaves the weights out.
 
@@ -58,7 +58,9 @@ def export_component(
         with store_type(place / f"{unit[0] if alone else 'weights'}.data") as store:
             for role in wanted:
                 label = name if role == "model" else f"{name}.{role}"
-                g = GraphWriter(label, weights, store, precision, Form() if forms is None else forms[role])
+                g = GraphWriter(
+                    label, weights, store, precision, GraphOptions() if graph_options is None else graph_options[role]
+                )
                 graphs[role] = _saved(g, store, role, configs.write(name, role, g))
         nbytes += store.nbytes
     return ComponentSpec(graphs, precision, nbytes, configs.tiles(name))

@@ -21,7 +21,7 @@ from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 
 if TYPE_CHECKING:  # it imports onnx, which looking at a checkpoint needs not
-    from t2v_rt.export.graph import Form, GraphWriter, Precision
+    from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
 
 SHARD_BYTES = 3_000_000_000  # of a card, for one engine of a text encoder: beside a desktop it fits on 4 GB
 TEXT_ENCODER = "text_encoder"  # the component that a bundle may do without
@@ -53,9 +53,9 @@ class Configs(Protocol):
         """Component -> role -> ranges of the symbols of a plan's inputs, for each of its shape profiles."""
         ...
 
-    def forms(
+    def graph_options(
         self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
-    ) -> Mapping[str, Mapping[str, Form]]:
+    ) -> Mapping[str, Mapping[str, GraphOptions]]:
         """Component -> role -> how the graph of a plan is written.
 
         Args:
@@ -82,14 +82,14 @@ class Configs(Protocol):
         """
         ...
 
-    def context(self, component: str, role: str, sizes: Mapping[str, int], form: Form | None) -> int:
+    def context(self, component: str, role: str, sizes: Mapping[str, int], options: GraphOptions | None) -> int:
         """Bytes of memory that a half-precision plan works in, by a rule of thumb, for before it is built.
 
         Args:
             component: its name.
             role: of the engine.
             sizes: symbol -> largest size of the shape profile.
-            form: of the engine's graph; None for ONNX Runtime's.
+            options: of the engine's graph; None for ONNX Runtime's.
         """
         ...
 
@@ -128,7 +128,7 @@ class Family(Protocol):
 
     @property
     def single_files(self) -> SingleFiles | None:
-        """Its networks in single files, where it is known in that form."""
+        """Its networks in single files, where it is known in that options."""
         ...
 
     def read_configs(self, configs: CheckpointConfigs, shard_bytes: int = SHARD_BYTES) -> Configs:

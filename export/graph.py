@@ -46,7 +46,7 @@ def check_precision(name: str) -> Precision:
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphOptions:
     """How a graph is written for the engine that will run it; what it computes is the same.
 
     Args:
@@ -82,14 +82,14 @@ class GraphWriter:
         weights: the checkpoint's tensors.
         store: external data file that takes the large weights.
         precision: of matmul and convolution operands.
-        form: what the engine asks of the graph.
+        options: what the engine asks of the graph.
     """
 
     name: str
     weights: CheckpointWeights
     store: WeightFile
     precision: Precision = "fp32"
-    form: Form = field(default_factory=Form)
+    options: GraphOptions = field(default_factory=GraphOptions)
 
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.precision]
@@ -194,7 +194,7 @@ class GraphWriter:
 
     def linear(self, x: str, name: str, n_in: int, n_out: int, *, bias: bool = True) -> str:
         """A torch Linear of the checkpoint, on and to the compute dtype."""
-        scheme = self.form.quantization
+        scheme = self.options.quantization
         if scheme is not None and scheme.fits(n_in, n_out):
             y = self._quantized(x, f"{name}.weight", n_in, n_out, scheme)
         else:
@@ -218,7 +218,7 @@ class GraphWriter:
     def linear_full(self, x: str, name: str, n_in: int, n_out: int) -> str:
         """A torch Linear of the checkpoint in float32 at any precision, on a value (B, n_in)."""
         bias = self.weight(f"{name}.bias", (n_out,), half=False)
-        if self.form.float32_matmul:
+        if self.options.float32_matmul:
             return self.add(
                 self.op("MatMul", x, self.weight(f"{name}.weight", (n_out, n_in), transpose, half=False)), bias
             )
@@ -254,8 +254,8 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes,
             self.name,
-            [_value_info(spec, self.form.sizes) for spec in self.inputs],
-            [_value_info(spec, self.form.sizes) for spec in self.outputs],
+            [_value_info(spec, self.options.sizes) for spec in self.inputs],
+            [_value_info(spec, self.options.sizes) for spec in self.outputs],
             [tensor for name, tensor in self._initializers.items() if name in used],
         )
         opsets = [helper.make_opsetid("", OPSET)]

@@ -11,7 +11,7 @@ from functools import partial
 from t2v_rt.engines.backends import Backend, load_parts
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component, Engine
-from t2v_rt.runtime.first_use import prove
+from t2v_rt.runtime.first_use import check_at_first_use
 from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.system import forked
 
@@ -70,7 +70,7 @@ class Components:
             with self.bundle.held(self.bundle.component_files(name)):
                 component = self._backend.load(self.bundle.folder, name, self.bundle.manifest.components[name])
                 undo.callback(component.close)
-                prove(self.bundle, name, lambda: [component], self._backend.device)
+                check_at_first_use(self.bundle, name, lambda: [component], self._backend.device)
             undo.pop_all()
         return component
 
@@ -107,7 +107,7 @@ class Components:
             spec = self.bundle.manifest.components[name]
             parts = partial(load_parts, self._backend, self.bundle.folder, name, spec)
             with self.bundle.held(self.bundle.component_files(name)):
-                prove(self.bundle, name, parts, self._backend.device)
+                check_at_first_use(self.bundle, name, parts, self._backend.device)
                 for part in parts():
                     yield from part.engines.values()
             return

@@ -19,7 +19,7 @@ from t2v_rt.system.user_cache import UserCache
 logger = logging.getLogger(__name__)
 
 
-def prove(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], device: str) -> None:
+def check_at_first_use(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], device: str) -> None:
     """Tests a component unless it has passed on this device before.
 
     Args:

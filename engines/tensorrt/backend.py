@@ -25,7 +25,7 @@ from t2v_rt.engines.bundle.trust import check_trust
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
 from t2v_rt.engines.tensorrt.cuda import DeviceBuffer
 from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_states
-from t2v_rt.engines.tensorrt.gpu import Card, KernelCache
+from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache
 from t2v_rt.engines.tensorrt.library import Library, load_library
 from t2v_rt.errors import BackendError, EngineError
 from t2v_rt.system import forked
@@ -97,12 +97,12 @@ class TensorRTEngine(Engine):
         cache: of its kernels.
     """
 
-    def __init__(self, name: str, spec: GraphSpec, engine: Any, card: Card, cache: KernelCache) -> None:
+    def __init__(self, name: str, spec: GraphSpec, engine: Any, gpu: Gpu, cache: KernelCache) -> None:
         super().__init__(name, spec)
         assert spec.plan is not None
-        self._engine, self._card, self._cache = engine, card, cache
+        self._engine, self._gpu, self._cache = engine, gpu, cache
         fixed = all(size.fixed for item in spec.plan.profiles for size in item.sizes.values())
-        self._graphs = fixed and not spec.states  # which change their buffers from call to call
+        self._records_graphs = fixed and not spec.states  # which change their buffers from call to call
         self._context: Any = None
         self._kernels: Any = None
         self._kept: bytes | None = None
@@ -125,17 +125,17 @@ class TensorRTEngine(Engine):
         for spec in self.inputs:
             spec.check(feeds[spec.name], sizes, self.name)
         profile = choose_profile(self.spec, sizes, self.name)
-        with self._card.lock:
+        with self._gpu.lock:
             if self._engine is None:
                 raise EngineError(f"{self.name}: the engine is closed; open the component again")
-            self._card.cuda.activate()
+            self._gpu.cuda.activate()
             try:
                 self._prepare(profile)
                 self._execute(feeds, state, sizes)
             except EngineError:
                 raise
             except RuntimeError as exc:  # the bindings raise it for some calls, and return False for others
-                raise self._card.failure(self.name) from exc
+                raise self._gpu.failure(self.name) from exc
             if isinstance(state, DeviceState):
                 state.rotate(self.states)
             self._calls += 1
@@ -151,28 +151,28 @@ class TensorRTEngine(Engine):
             self._bind_state(state)
         for spec in self.outputs:
             self._bind_output(spec.name, spec.resolve(sizes), spec.numpy_dtype)
-        if not self._context.execute_async_v3(self._card.cuda.stream):
-            raise self._card.failure(self.name)
+        if not self._context.execute_async_v3(self._gpu.cuda.stream):
+            raise self._gpu.failure(self.name)
         for spec in self.outputs:
-            self._card.cuda.download(self._device[spec.name], self._host[spec.name])
-        self._card.cuda.synchronize()
+            self._gpu.cuda.download(self._device[spec.name], self._host[spec.name])
+        self._gpu.cuda.synchronize()
 
     # -- before the call ---------------------------------------------------------------------------------------------
 
     def _prepare(self, profile: int) -> None:
         """Makes the context at the first call, switches to a profile, and gives it the workspace."""
-        workspace = self._card.workspace(int(self._engine.get_device_memory_size_for_profile_v2(profile)))
-        if self._graphs and self._workspace != (workspace.address, workspace.nbytes):
+        workspace = self._gpu.workspace(int(self._engine.get_device_memory_size_for_profile_v2(profile)))
+        if self._records_graphs and self._workspace != (workspace.address, workspace.nbytes):
             self._drop_context()  # with graphs that were recorded on other memory
         if self._context is None:
             self._kept = self._kept or self._cache.read()
-            self._context, self._kernels = self._card.create_context(self._engine, self._kept, self._graphs)
+            self._context, self._kernels = self._gpu.create_context(self._engine, self._kept, self._records_graphs)
             if self._context is None:
-                raise self._card.failure(self.name)
+                raise self._gpu.failure(self.name)
         if profile != self._profile:
-            if not self._context.set_optimization_profile_async(profile, self._card.cuda.stream):
-                raise self._card.failure(self.name)
-            self._card.cuda.synchronize()
+            if not self._context.set_optimization_profile_async(profile, self._gpu.cuda.stream):
+                raise self._gpu.failure(self.name)
+            self._gpu.cuda.synchronize()
             self._profile = profile
         self._workspace = workspace.address, workspace.nbytes
         self._context.set_device_memory(*self._workspace)
@@ -185,12 +185,12 @@ class TensorRTEngine(Engine):
     def _bind(self, name: str, address: int, shape: Sequence[int] | None = None) -> None:
         context = self._context
         if shape is not None and not context.set_input_shape(name, tuple(shape)):
-            raise self._card.failure(f"{self.name}: shape {list(shape)} of {name}")
+            raise self._gpu.failure(f"{self.name}: shape {list(shape)} of {name}")
         if not context.set_tensor_address(name, address):
-            raise self._card.failure(f"{self.name}: {name}")
+            raise self._gpu.failure(f"{self.name}: {name}")
 
     def _bind_input(self, name: str, array: NDArray[Any]) -> None:
-        cuda, buffer = self._card.cuda, self._buffer(name, array.nbytes)
+        cuda, buffer = self._gpu.cuda, self._buffer(name, array.nbytes)
         if array.flags.writeable:
             cuda.upload(self._staged(name, array), buffer)
         else:
@@ -203,13 +203,13 @@ class TensorRTEngine(Engine):
         for ref, buffer in known:
             if ref() is array:
                 return buffer
-        buffer = self._card.cuda.allocate(array.nbytes)
-        self._card.cuda.upload(self._staged(name, array), buffer)
+        buffer = self._gpu.cuda.allocate(array.nbytes)
+        self._gpu.cuda.upload(self._staged(name, array), buffer)
         self._sticky[name] = [*known, (weakref.ref(array), buffer)]
         return buffer
 
     def _bind_state(self, state: DeviceState[DeviceBuffer]) -> None:
-        current = state.group.bring(state)
+        current = state.group.activate(state)
         for item in self.states:
             if item.input is not None:
                 self._bind(item.input, current[item.tensor.name].address, item.tensor.resolve(state.sizes))
@@ -219,21 +219,21 @@ class TensorRTEngine(Engine):
     def _bind_output(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         array = self._host.get(name)
         if array is None or array.shape != shape:
-            self._host[name] = array = self._card.cuda.host_array(shape, dtype)
+            self._host[name] = array = self._gpu.cuda.host_array(shape, dtype)
         self._bind(name, self._buffer(name, array.nbytes).address)
 
     def _buffer(self, name: str, nbytes: int) -> DeviceBuffer:
         """The device memory of an input or output; its address stays as long as it is large enough."""
         if name not in self._device or self._device[name].nbytes < nbytes:
             self._device.pop(name, None)
-            self._device[name] = self._card.cuda.allocate(nbytes)
+            self._device[name] = self._gpu.cuda.allocate(nbytes)
         return self._device[name]
 
     def _staged(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """The array in pinned memory; what was staged there before is on the device, since each call waits."""
         pinned = self._host.get(name)
         if pinned is None or pinned.shape != array.shape:
-            self._host[name] = pinned = self._card.cuda.host_array(array.shape, array.dtype)
+            self._host[name] = pinned = self._gpu.cuda.host_array(array.shape, array.dtype)
         np.copyto(pinned, array)
         return pinned
 
@@ -254,12 +254,12 @@ class TensorRTEngine(Engine):
             self._kept = content
 
     def close(self) -> None:
-        with self._card.lock:
+        with self._gpu.lock:
             if self._engine is None:
                 return
-            self._card.cuda.activate()
+            self._gpu.cuda.activate()
             self._drop_context()
-            self._card.release_workspace()
+            self._gpu.release_workspace()
             self._engine = None
             self._device, self._host, self._sticky = {}, {}, {}
 
@@ -274,17 +274,17 @@ class TensorRTComponent(Component):
         card: that they are on.
     """
 
-    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, Engine], card: Card) -> None:
+    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, Engine], gpu: Gpu) -> None:
         super().__init__(name, spec, engines)
-        self._card = card
+        self._gpu = gpu
 
     def new_states(
         self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
     ) -> list[DeviceState[DeviceBuffer]]:
         sizes = {"height": height, "width": width}
-        with self._card.lock:
-            self._card.cuda.activate()
-            group = StateGroup(self._card.cuda, self.states(part), self.written(part), sizes, count, resident)
+        with self._gpu.lock:
+            self._gpu.cuda.activate()
+            group = StateGroup(self._gpu.cuda, self.states(part), self.written(part), sizes, count, resident)
             return new_states(group, count)
 
 
@@ -306,8 +306,8 @@ class TensorRTBackend:
         check_version(bundle.manifest, library)
         check_trust(bundle.folder, trust)
         check_manifest(bundle)  # the one that is trusted is the one that was opened
-        self._card = Card(library)
-        info = self._card.cuda.info
+        self._gpu = Gpu(library)
+        info = self._gpu.cuda.info
         check_target(bundle.manifest, info.target, info.name)
 
     def __reduce__(self) -> tuple[type[TensorRTBackend], tuple[Bundle, bool]]:
@@ -315,11 +315,11 @@ class TensorRTBackend:
 
     @property
     def device(self) -> str:
-        return self._card.identity
+        return self._gpu.identity
 
     @property
     def identity(self) -> str:
-        return self._card.identity
+        return self._gpu.identity
 
     @property
     def own_memory(self) -> bool:
@@ -327,7 +327,7 @@ class TensorRTBackend:
 
     @property
     def memory_bytes(self) -> int | None:
-        return self._card.cuda.info.memory_bytes
+        return self._gpu.cuda.info.memory_bytes
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
         """Loads the engines of a component.
@@ -344,19 +344,19 @@ class TensorRTBackend:
         """
         forked.claim_gpu()
         engines: dict[str, Engine] = {}
-        with self._card.lock:
-            self._card.cuda.activate()
+        with self._gpu.lock:
+            self._gpu.cuda.activate()
             for role, graph in spec.graphs.items():
                 label = name if role == "model" else f"{name}.{role}"
                 entry = check_file(self._bundle, graph.path)
-                cache = KernelCache(f"{entry.sha256}\n{self._card.identity}")
+                cache = KernelCache(f"{entry.sha256}\n{self._gpu.identity}")
                 engine = self._deserialize(folder / graph.path, label)
-                engines[role] = TensorRTEngine(label, graph, engine, self._card, cache)
-        return TensorRTComponent(name, spec, engines, self._card)
+                engines[role] = TensorRTEngine(label, graph, engine, self._gpu, cache)
+        return TensorRTComponent(name, spec, engines, self._gpu)
 
     def _deserialize(self, path: Path, label: str) -> Any:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            engine = self._card.runtime.deserialize_cuda_engine(content)
+            engine = self._gpu.runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise self._card.failure(f"{label}: {path.name} cannot be loaded")
+            raise self._gpu.failure(f"{label}: {path.name} cannot be loaded")
         return engine

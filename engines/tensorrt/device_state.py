@@ -79,7 +79,7 @@ class StateGroup(Generic[B]):
     def _buffers(self, tensors: Sequence[TensorSpec]) -> dict[str, B]:
         return {spec.name: self.memory.allocate(spec.nbytes(self.sizes)) for spec in tensors}
 
-    def bring(self, state: DeviceState[B]) -> dict[str, B]:
+    def activate(self, state: DeviceState[B]) -> dict[str, B]:
         """The buffers of a state, on the device; another state is parked for them where no place is free."""
         holders = [ref for ref in self._used if (holder := ref()) is not None and holder is not state]
         if state.current is None:
@@ -144,7 +144,7 @@ class DeviceState(EngineState, Generic[B]):
 
     def to_host(self) -> dict[str, NDArray[Any]]:
         memory, result = self.group.memory, {}
-        for name, buffer in self.group.bring(self).items():
+        for name, buffer in self.group.activate(self).items():
             spec = next(spec for spec in self.group.tensors if spec.name == name)
             result[name] = memory.host_array(spec.resolve(self.sizes), spec.numpy_dtype)
             memory.download(buffer, result[name])

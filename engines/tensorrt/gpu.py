@@ -43,7 +43,7 @@ def make_log(trt: Any) -> Any:
     return RuntimeLog()
 
 
-class Card:
+class Gpu:
     """A GPU with what all engines on it share: the library's runtime, a lock, a workspace.
 
     Args:

@@ -161,7 +161,7 @@ def _feed_forward(g: GraphWriter, config: TextEncoderConfig, name: str, x: str) 
     inner = g.mul(g.full(g.op("Gelu", gate, approximate="tanh")), g.full(linear))
     if g.precision in ("bf16", "fp32"):
         return g.full(g.linear(g.half(inner), f"{dense}.wo", config.ffn_dim, config.dim, bias=False))
-    if g.form.float32_matmul:
+    if g.options.float32_matmul:
         wo = g.weight(f"{dense}.wo.weight", (config.dim, config.ffn_dim), transpose, half=False)
         return g.op("MatMul", inner, wo)
     small = g.half(g.mul(inner, g.scalar(1 / WO_SCALE)))

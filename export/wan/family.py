@@ -16,13 +16,13 @@ from t2v_rt.errors import CheckpointError
 from t2v_rt.export import tokenizer
 from t2v_rt.export.config import INDEX, CheckpointConfigs
 from t2v_rt.export.family import SHARD_BYTES, TEXT_ENCODER, Ranges
-from t2v_rt.export.graph import Form, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 from t2v_rt.export.text_encoders.t5 import EMBEDDING, TextEncoderConfig, embedding_name, write_blocks
 from t2v_rt.export.wan.contexts import text_encoder_context, transformer_context, vae_context
 from t2v_rt.export.wan.names import SINGLE_FILES
-from t2v_rt.export.wan.profiles import component_forms, component_ranges, with_grids
+from t2v_rt.export.wan.profiles import component_options, component_ranges, with_grids
 from t2v_rt.export.wan.transformer import TEXT_LENGTH, TransformerConfig, write_transformer
 from t2v_rt.export.wan.vae import VaeConfig, VaeDecoderGraph
 
@@ -116,10 +116,10 @@ class WanConfigs:
         tiles = with_grids(self.vae.tiles, model, profiles)
         return component_ranges(model, profiles, tiles, tuple(self.text_blocks))
 
-    def forms(
+    def graph_options(
         self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
-    ) -> dict[str, dict[str, Form]]:
-        return component_forms(self.model(), ranges, self.transformer.ffn_dim, float32_matmul)
+    ) -> dict[str, dict[str, GraphOptions]]:
+        return component_options(self.model(), ranges, self.transformer.ffn_dim, float32_matmul)
 
     def plan_precision(self, component: str, wanted: Precision, turing: bool) -> Precision:
         """Half precision suits the text encoder, which overflows in fp16 unless parts of it are kept in float32, as
@@ -139,11 +139,11 @@ class WanConfigs:
         decoder = VaeDecoderGraph(g, self.vae, first=role == "head_first")
         return decoder.write_tail() if role == "tail" else decoder.write_head()
 
-    def context(self, component: str, role: str, sizes: Mapping[str, int], form: Form | None) -> int:
+    def context(self, component: str, role: str, sizes: Mapping[str, int], options: GraphOptions | None) -> int:
         if component == TEXT_ENCODER:
             return text_encoder_context(self.text_encoder, sizes)
         if component == "transformer":
-            return transformer_context(self.transformer, sizes, 1 if form is None else form.slices)
+            return transformer_context(self.transformer, sizes, 1 if options is None else options.slices)
         return vae_context(self.vae, role, sizes)
 
     def embedding(self, weights: CheckpointWeights) -> tuple[str, tuple[int, int]]:

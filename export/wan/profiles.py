@@ -9,7 +9,7 @@ from dataclasses import replace
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
-from t2v_rt.export.graph import Form
+from t2v_rt.export.graph import GraphOptions
 
 Ranges = Mapping[str, Range]
 BUILT_GRIDS = ((1, 1), (2, 2), (3, 4))  # of the VAE decoder: the whole frame, and tiles for when it does not fit
@@ -82,9 +82,9 @@ def component_ranges(
     }
 
 
-def component_forms(
+def component_options(
     model: ModelSpec, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], ffn_dim: int, float32_matmul: bool
-) -> dict[str, dict[str, Form]]:
+) -> dict[str, dict[str, GraphOptions]]:
     """The form of each engine's graph.
 
     Args:
@@ -94,9 +94,9 @@ def component_forms(
         float32_matmul: whether all GPUs can multiply float32 matrices.
 
     Returns:
-        Component -> role -> form.
+        Component -> role -> options.
     """
-    forms: dict[str, dict[str, Form]] = {}
+    graph_options: dict[str, dict[str, GraphOptions]] = {}
     for name, roles in ranges.items():
         for role, profiles in roles.items():
             firsts = profiles[0]
@@ -108,8 +108,8 @@ def component_forms(
             slices = 1
             if name == "transformer":
                 fixed["text"], slices = model.text.length, _slices(model, profiles, ffn_dim)
-            forms.setdefault(name, {})[role] = Form(fixed, slices, float32_matmul)
-    return forms
+            graph_options.setdefault(name, {})[role] = GraphOptions(fixed, slices, float32_matmul)
+    return graph_options
 
 
 def _slices(model: ModelSpec, profiles: Sequence[Ranges], ffn_dim: int) -> int:

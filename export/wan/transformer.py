@@ -109,7 +109,7 @@ def output_spec(config: TransformerConfig) -> TensorSpec:
 
 def write_transformer(g: GraphWriter, config: TransformerConfig) -> None:
     """Writes the whole denoiser into `g`: `input_specs` in, `output_spec` out."""
-    latents, timestep, text, *text_bias = (g.input(spec) for spec in input_specs(config, g.form.sizes.get("text")))
+    latents, timestep, text, *text_bias = (g.input(spec) for spec in input_specs(config, g.options.sizes.get("text")))
     batch = g.dim(latents, 0)
     grid = [_divide(g, g.dim(latents, axis), size) for axis, size in zip((2, 3, 4), config.patch, strict=True)]
 
@@ -263,7 +263,7 @@ def _block(
 
 def _feed_forward(g: GraphWriter, config: TransformerConfig, name: str, x: str) -> str:
     """Widen, GELU, narrow; each slice of the tokens on its own."""
-    count = g.form.slices
+    count = g.options.slices
     parts = [x]
     if count > 1:
         tokens = g.dim(x, 1)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from t2v_rt.build.needs import estimate_needs
 from t2v_rt.build.options import BuildOptions
-from t2v_rt.build.shares import Shares, Tell
-from t2v_rt.build.work_folder import Work, open_work
+from t2v_rt.build.shares import Progress, Shares
+from t2v_rt.build.work_folder import WorkFolder, open_work_folder
 from t2v_rt.engines.backends import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, EmbeddingSpec, Manifest, from_plain
 from t2v_rt.engines.bundle.profiles import Sizes
@@ -44,7 +44,7 @@ def build_engines(
     with_text_encoder: bool = True,
     text_encoder_weights: str | None = None,
     force: bool = False,
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Exports a checkpoint and builds its engines.
 
@@ -85,7 +85,9 @@ def build_engines(
     return build(options, output, force=force, progress=progress)
 
 
-def build(options: BuildOptions, output: str | Path, *, force: bool = False, progress: Tell | None = None) -> Bundle:
+def build(
+    options: BuildOptions, output: str | Path, *, force: bool = False, progress: Progress | None = None
+) -> Bundle:
     """Builds what the options ask for; see `build_engines`.
 
     Args:
@@ -101,17 +103,17 @@ def build(options: BuildOptions, output: str | Path, *, force: bool = False, pro
     job, manifest = prepare(options)
     if not force and (existing := _reusable(target, manifest)) is not None:
         return existing
-    with open_work(target, manifest.fingerprint, fresh=force) as work:
+    with open_work_folder(target, manifest.fingerprint, fresh=force) as work:
         units = job.units(manifest)
         outline = job.outline(units)
         needs = estimate_needs(job, outline)
         needs.check(target, work.finished_bytes)
-        told = Shares(progress, [(unit.name, spec.weights_bytes) for unit, spec in zip(units, outline, strict=True)])
-        written = _build(job, units, manifest, work, told)
+        shares = Shares(progress, [(unit.name, spec.weights_bytes) for unit, spec in zip(units, outline, strict=True)])
+        written = _build(job, units, manifest, work, shares)
     if backend_info(options.backend).native_code:
         remember_built(target)
     _remember_hashes(target, written)
-    told("done")
+    shares("done")
     return open_bundle(target)
 
 
@@ -154,7 +156,7 @@ def _open(options: BuildOptions, estimate: bool) -> Checkpoint:
     return open_checkpoint(place, options.files)
 
 
-def _build(job: BuildJob, units: Sequence[Unit], manifest: Manifest, work: Work, told: Shares) -> Manifest:
+def _build(job: BuildJob, units: Sequence[Unit], manifest: Manifest, work: WorkFolder, shares: Shares) -> Manifest:
     """Makes all units and other parts that are not finished, and the manifest.
 
     A component is tested before the next one is built: its reference lies on the disk beside what there is by then.
@@ -163,11 +165,11 @@ def _build(job: BuildJob, units: Sequence[Unit], manifest: Manifest, work: Work,
     for name in dict.fromkeys(unit.component for unit in units):
         specs = []
         for unit in (unit for unit in units if unit.component == name):
-            told(unit.name)
-            made = work.part(unit.name, partial(job.build_unit, unit, work, partial(told, unit.name)))
+            shares(unit.name)
+            made = work.part(unit.name, partial(job.build_unit, unit, work, partial(shares, unit.name)))
             specs.append(from_plain(made, ComponentSpec))
         components[name] = ComponentSpec.joined(specs)
-        told(f"self_test.{name}")
+        shares(f"self_test.{name}")
         if job.can_run_reference(name, components[name], work.bundle):
             arguments = (name, components[name], manifest, work)
             work.part(f"self_test.{name}", partial(job.record_self_test, *arguments))
@@ -178,7 +180,7 @@ def _build(job: BuildJob, units: Sequence[Unit], manifest: Manifest, work: Work,
         embedding = EmbeddingSpec(**work.part("embedding", partial(job.copy_embedding, work)))
         components["text_encoder"] = replace(components["text_encoder"], embedding=embedding)
     work.part("tokenizer", partial(job.copy_tokenizer, work))
-    told("hash")
+    shares("hash")
     return write_manifest(work.bundle, manifest.with_components(components), work.files)
 
 

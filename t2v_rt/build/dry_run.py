@@ -69,5 +69,5 @@ def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec
 
 def _context(job: BuildJob, unit: Unit, role: str, ranges: Mapping[str, Range]) -> int:
     largest = {symbol: sizes.max for symbol, sizes in ranges.items()}
-    form = None if unit.forms is None else unit.forms[role]
+    form = None if unit.graph_options is None else unit.graph_options[role]
     return job.configs.context(unit.component, role, largest, form)

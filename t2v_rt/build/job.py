@@ -14,7 +14,7 @@ from typing import Any
 
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
-from t2v_rt.build.work_folder import Work
+from t2v_rt.build.work_folder import WorkFolder
 from t2v_rt.engines.backends import backend_info, get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
 from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
@@ -24,7 +24,7 @@ from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.config import read_defaults
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import Form, check_precision
+from t2v_rt.export.graph import GraphOptions, check_precision
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
@@ -159,7 +159,14 @@ class BuildJob:
 
     def _export(self, unit: Unit, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
         spec = components.export_component(
-            unit.component, self.source, self.configs, folder, unit.precision, unit.forms, unit.roles, store_type
+            unit.component,
+            self.source,
+            self.configs,
+            folder,
+            unit.precision,
+            unit.graph_options,
+            unit.roles,
+            store_type,
         )
         return replace(spec, tiles=unit.tiles, weights=self.text_weights if unit.component == TEXT_ENCODER else "")
 
@@ -176,7 +183,7 @@ class BuildJob:
         components.warn_of_unused(self.source, self.names)
         return outline
 
-    def build_unit(self, unit: Unit, work: Work, report: Report) -> Result:
+    def build_unit(self, unit: Unit, work: WorkFolder, report: Report) -> Result:
         """Makes the engines of a unit; returns its component spec as JSON."""
         if not self.makes_plans:
             return dict(to_plain(self._export(unit, work.bundle)))
@@ -187,11 +194,11 @@ class BuildJob:
         builder = PlanBuilder(self.backend, self.targets)
         return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, report)))
 
-    def copy_embedding(self, work: Work) -> Result:
+    def copy_embedding(self, work: WorkFolder) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""
         return asdict(components.export_embedding(self.source, self.configs, work.bundle))
 
-    def copy_tokenizer(self, work: Work) -> Result:
+    def copy_tokenizer(self, work: WorkFolder) -> Result:
         (work.bundle / "tokenizer").mkdir()
         text = components.read_tokenizer(self.source)
         (work.bundle / "tokenizer" / "tokenizer.json").write_bytes(text.encode())
@@ -213,7 +220,7 @@ class BuildJob:
             )
         return needed <= room
 
-    def record_self_test(self, name: str, built: ComponentSpec, manifest: Manifest, work: Work) -> Result:
+    def record_self_test(self, name: str, built: ComponentSpec, manifest: Manifest, work: WorkFolder) -> Result:
         """Runs a component's float32 graphs on the CPU, anew where the bundle has others; keeps what they answer."""
         from t2v_rt.runtime import self_test
 
@@ -233,7 +240,7 @@ class BuildJob:
         self_test.record(name, answers, work.bundle)
         return {}
 
-    def measure_weights(self, name: str, built: ComponentSpec, manifest: Manifest, work: Work) -> Result:
+    def measure_weights(self, name: str, built: ComponentSpec, manifest: Manifest, work: WorkFolder) -> Result:
         """What quantized weights cost, run by ONNX Runtime: plans as the graphs that they were built from, at fp32."""
         from t2v_rt.runtime import self_test
 
@@ -242,9 +249,9 @@ class BuildJob:
         for part in built.parts:
             place, spec = work.bundle, part
             if self.makes_plans:
-                place, forms = work.scratch, dict.fromkeys(part.graphs, Form(quantization=scheme))
+                place, graph_options = work.scratch, dict.fromkeys(part.graphs, GraphOptions(quantization=scheme))
                 spec = components.export_component(
-                    name, self.source, self.configs, place, "fp32", forms, tuple(part.graphs)
+                    name, self.source, self.configs, place, "fp32", graph_options, tuple(part.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 results += self_test.run_calls(name, component, manifest.model, built)

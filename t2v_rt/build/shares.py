@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-Tell = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 UNITS = 1000  # that a build is told in
 TESTED, HASHED = 0.1, 0.02  # of the time that parts take: their self-test, and what comes last
 
@@ -17,7 +17,7 @@ class Shares:
         sizes: name and bytes of each part, in the order they are made; after a component's, its self-test comes.
     """
 
-    def __init__(self, tell: Tell | None, sizes: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, tell: Progress | None, sizes: Sequence[tuple[str, int]]) -> None:
         self._tell = tell
         total = sum(size for _, size in sizes) or 1
         self._shares: dict[str, float] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import Form, Precision
+from t2v_rt.export.graph import GraphOptions, Precision
 from t2v_rt.export.quantize import Quantization
 
 
@@ -20,7 +20,7 @@ class Unit:
         component: its name.
         roles: of the engines.
         precision: of matmul and convolution operands.
-        forms: role -> how the backend wants the graph; None for ONNX Runtime's.
+        graph_options: role -> how the backend wants the graph; None for ONNX Runtime's.
         ranges: role -> sizes of each shape profile of a plan.
         tiles: that the component works on.
     """
@@ -28,7 +28,7 @@ class Unit:
     component: str
     roles: tuple[str, ...]
     precision: Precision
-    forms: Mapping[str, Form] | None = None
+    graph_options: Mapping[str, GraphOptions] | None = None
     ranges: Mapping[str, Sequence[Mapping[str, Range]]] = field(default_factory=dict)
     tiles: TileSpec | None = None
 
@@ -51,10 +51,12 @@ def graph_units(
     result = []
     for name in components:
         for roles in configs.units(name):
-            forms, tiles = None, configs.tiles(name)
+            graph_options, tiles = None, configs.tiles(name)
             if name == TEXT_ENCODER and text_weights:
-                forms = dict.fromkeys(roles, Form(quantization=Quantization(text_weights, "MatMulNBits")))
-            result.append(Unit(name, roles, precision if forms is None else "fp32", forms, tiles=tiles))
+                graph_options = dict.fromkeys(
+                    roles, GraphOptions(quantization=Quantization(text_weights, "MatMulNBits"))
+                )
+            result.append(Unit(name, roles, precision if graph_options is None else "fp32", graph_options, tiles=tiles))
     return tuple(result)
 
 
@@ -78,16 +80,18 @@ def plan_units(
         turing: whether a GPU of the sm75 is among their targets, which multiplies neither float32 nor bfloat16.
     """
     ranges = configs.ranges(profiles)
-    forms = dict(configs.forms(ranges, float32_matmul=not turing))
+    graph_options = dict(configs.graph_options(ranges, float32_matmul=not turing))
     if text_weights:
         scheme = Quantization(text_weights, "DequantizeLinear")
-        forms[TEXT_ENCODER] = {role: replace(form, quantization=scheme) for role, form in forms[TEXT_ENCODER].items()}
+        graph_options[TEXT_ENCODER] = {
+            role: replace(options, quantization=scheme) for role, options in graph_options[TEXT_ENCODER].items()
+        }
     return tuple(
         Unit(
             name,
             roles,
             configs.plan_precision(name, precision, turing),
-            forms[name],
+            graph_options[name],
             ranges[name],
             configs.tiles(name, profiles),
         )

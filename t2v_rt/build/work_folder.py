@@ -51,7 +51,7 @@ class Note:
     result: Result
 
 
-class Work:
+class WorkFolder:
     """A work folder that this process has locked.
 
     Args:
@@ -135,7 +135,7 @@ def _entry(file: Path) -> FileEntry:
 
 
 @contextmanager
-def open_work(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterator[Work]:
+def open_work_folder(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterator[WorkFolder]:
     """The work folder of a bundle; what is in its `bundle` takes the place of `target` when the block ends well.
 
     After an error or an interruption, finished parts stay for the next build of this fingerprint; nothing stays where
@@ -157,7 +157,7 @@ def open_work(target: Path, fingerprint: str, *, fresh: bool = False) -> Iterato
     with locked(place.with_name(f"{place.name}.lock"), f"{target} is being built by another process"):
         if fresh:
             remove_tree(place)
-        work = Work(place, fingerprint)
+        work = WorkFolder(place, fingerprint)
         try:
             yield work
             replace_directory(work.bundle, target)

@@ -34,7 +34,7 @@ def test_the_rules_meet_what_builders_told() -> None:
     assert {row["component"] for row in rows} == set(FAMILY.networks)
     for row in rows:
         ranges = {row["component"]: {row["role"]: [{name: Range.of(size) for name, size in row["sizes"].items()}]}}
-        form = configs.forms(ranges, float32_matmul=True)[row["component"]][row["role"]]
+        form = configs.graph_options(ranges, float32_matmul=True)[row["component"]][row["role"]]
         rule = configs.context(row["component"], row["role"], row["sizes"], form)
         if row["context_bytes"] > SMALL:
             assert rule == pytest.approx(row["context_bytes"], rel=RULE_TOLERANCE), row

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from t2v_rt import CheckpointError, RequestError, build_engines
-from t2v_rt.build.work_folder import CONTINUES, Work, open_work
+from t2v_rt.build.work_folder import CONTINUES, WorkFolder, open_work_folder
 from t2v_rt.cli import main
 from t2v_rt.commands.bars import Bars
 from t2v_rt.system.files import lasting_sibling
@@ -110,19 +110,19 @@ def test_a_work_folder_that_others_can_write_is_not_built_upon(tmp_path: Path) -
     for spoil in ("open", "link"):
         target = tmp_path / spoil
         place = lasting_sibling(target)
-        Work(place, "same").part("a", lambda: {})
-        assert Work(place, "same").clean()
+        WorkFolder(place, "same").part("a", lambda: {})
+        assert WorkFolder(place, "same").clean()
         if spoil == "open":
             place.chmod(0o777)
         else:
             place.rename(tmp_path / "elsewhere")
             place.symlink_to(tmp_path / "elsewhere")
-        assert not Work(place, "same").clean()
+        assert not WorkFolder(place, "same").clean()
     assert (tmp_path / "elsewhere").is_dir()  # a link is removed, not what it names
 
 
 def test_two_builds_of_one_output(narrow: Tiny, tmp_path: Path) -> None:
-    with open_work(tmp_path / "b", "another") as other:
+    with open_work_folder(tmp_path / "b", "another") as other:
         (other.bundle / "file").write_text("theirs")
         with pytest.raises(RequestError, match="is being built by another process; wait for it"):
             build_engines(narrow.checkpoint, tmp_path / "b")

@@ -61,7 +61,7 @@ class Engine(OrtEngine):
     def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
         assert isinstance(state, DeviceState)
         assert self._session is not None
-        current = state.group.bring(state)
+        current = state.group.activate(state)
         shapes = {spec.name: (spec.numpy_dtype, spec.resolve(state.sizes)) for spec in state.group.tensors}
         given = {
             item.input: current[item.tensor.name].view(shapes[item.tensor.name][0]).reshape(shapes[item.tensor.name][1])
@@ -135,7 +135,7 @@ def test_memory_is_what_was_planned(vae: Decoder) -> None:
 def test_the_one_used_longest_ago_is_parked(vae: Decoder) -> None:
     states = vae.new_states(3, height=4, width=6, part="tail", resident=2)
     for i in (0, 1, 0, 2):
-        states[0].group.bring(states[i])
+        states[0].group.activate(states[i])
     assert [state.current is None for state in states] == [False, True, False]
     assert states[1].parked is not None
     assert not any(array.any() for array in states[1].parked.values())
@@ -144,10 +144,10 @@ def test_the_one_used_longest_ago_is_parked(vae: Decoder) -> None:
 def test_a_dropped_state_leaves_its_place(vae: Decoder) -> None:
     states = vae.new_states(3, height=4, width=6, part="tail", resident=1)
     group = states[0].group
-    group.bring(states[0])
+    group.activate(states[0])
     del states[0]
     gc.collect()
-    group.bring(states[0])
+    group.activate(states[0])
     assert states[0].current is not None
     assert vae.memory.copied == 0
 

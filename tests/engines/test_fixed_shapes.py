@@ -43,7 +43,7 @@ def fixed(narrow: Tiny, half: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     configs, model = FAMILY.read_configs(checkpoint.configs), half.manifest.model
     profiles = parse_profiles(HEIGHT, WIDTH, FRAMES, (0, 0, 0))
     ranges = configs.ranges(profiles)
-    forms = configs.forms(ranges, float32_matmul=True)
+    forms = configs.graph_options(ranges, float32_matmul=True)
     components = dict(half.manifest.components)
     for name in ("transformer", "vae_decoder"):
         spec = export_component(name, checkpoint, configs, folder, "fp16", forms[name])

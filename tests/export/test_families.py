@@ -26,7 +26,7 @@ from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import check_tokenizer, export_component, export_embedding
 from t2v_rt.export.config import CheckpointConfigs, require
 from t2v_rt.export.family import FAMILIES, SHARD_BYTES, Ranges, family_of
-from t2v_rt.export.graph import Form, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
 from t2v_rt.export.hub import needed_tokenizer, needed_weights
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
@@ -57,10 +57,10 @@ class ToyConfigs:
         rows: tuple[Ranges, ...] = ({"rows": Range.of(2)},)
         return {name: {role: rows for unit in self.units(name) for role in unit} for name in Toy.networks}
 
-    def forms(
+    def graph_options(
         self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
-    ) -> Mapping[str, Mapping[str, Form]]:
-        return {name: {role: Form({"rows": 2}) for role in roles} for name, roles in ranges.items()}
+    ) -> Mapping[str, Mapping[str, GraphOptions]]:
+        return {name: {role: GraphOptions({"rows": 2}) for role in roles} for name, roles in ranges.items()}
 
     def plan_precision(self, component: str, wanted: Precision, turing: bool) -> Precision:
         return wanted
@@ -71,7 +71,7 @@ class ToyConfigs:
         g.output(g.silu(y) if role == "late" else y, TensorSpec("y", "float32", ("rows", self.dim)))
         return ()
 
-    def context(self, component: str, role: str, sizes: Mapping[str, int], form: Form | None) -> int:
+    def context(self, component: str, role: str, sizes: Mapping[str, int], form: GraphOptions | None) -> int:
         return sizes["rows"]
 
     def embedding(self, weights: CheckpointWeights) -> tuple[str, tuple[int, int]]:

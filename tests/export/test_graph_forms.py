@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines.onnxruntime.library import ort
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import export_component
-from t2v_rt.export.graph import Form, Precision
+from t2v_rt.export.graph import GraphOptions, Precision
 from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime.families.wan import relative_buckets, text_context
 from tests.conftest import Tiny
@@ -25,7 +25,7 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2}
 FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "If", "Scan"}
 
 
-def export(tiny: Tiny, name: str, folder: Path, form: Form, precision: Precision) -> Path:
+def export(tiny: Tiny, name: str, folder: Path, form: GraphOptions, precision: Precision) -> Path:
     folder.mkdir()
     checkpoint = open_checkpoint(tiny.checkpoint)
     configs = FAMILY.read_configs(checkpoint.configs)
@@ -53,13 +53,13 @@ def test_denoiser_of_fixed_shapes(tiny: Tiny, tmp_path: Path, precision: Precisi
     context = text_context(padded)
     feeds = {"hidden_states": latents, "timestep": np.array([310.0], np.float32)}
     expected = run(
-        export(tiny, "transformer", tmp_path / "plain", Form(), "fp32"),
+        export(tiny, "transformer", tmp_path / "plain", GraphOptions(), "fp32"),
         {**feeds, "encoder_hidden_states": context.embeds, "encoder_attention_bias": context.bias},
     )
     for i, form in enumerate(
         (
-            Form({**SIZES, "text": 512}, slices=5),
-            Form({"batch": 1, "text": 512}, slices=3, float32_matmul=False),
+            GraphOptions({**SIZES, "text": 512}, slices=5),
+            GraphOptions({"batch": 1, "text": 512}, slices=3, float32_matmul=False),
         )
     ):
         path = export(tiny, "transformer", tmp_path / str(i), form, precision)
@@ -79,8 +79,8 @@ def test_text_encoder_without_float32_matrices(tiny: Tiny, tmp_path: Path, preci
     width = FAMILY.read_configs(open_checkpoint(tiny.checkpoint).configs).text_encoder.dim
     hidden = np.random.default_rng(0).standard_normal((1, 4, width)).astype(np.float32)
     feeds: dict[str, NDArray[Any]] = {"hidden_states": hidden, "relative_buckets": relative_buckets(4, 32, 128)}
-    expected = run(export(tiny, "text_encoder", tmp_path / "plain", Form(), "fp32"), feeds)
-    path = export(tiny, "text_encoder", tmp_path / "half", Form(float32_matmul=False), precision)
+    expected = run(export(tiny, "text_encoder", tmp_path / "plain", GraphOptions(), "fp32"), feeds)
+    path = export(tiny, "text_encoder", tmp_path / "half", GraphOptions(float32_matmul=False), precision)
     assert relative(run(path, feeds), expected) < TOLERANCES[precision]
     model = onnx.load(str(path), load_external_data=False)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t2v_rt import RequestError
-from t2v_rt.build.work_folder import Work
+from t2v_rt.build.work_folder import WorkFolder
 from t2v_rt.cli import main
 from t2v_rt.engines.bundle.store import Stamps, read_manifest
 from t2v_rt.runtime.array_file import save_arrays
@@ -74,8 +74,8 @@ def test_a_stamp_of_other_types_is_not(stamped: tuple[Path, Path], change: Chang
 # -- notes of a build --
 
 
-def finished(place: Path) -> Work:
-    work = Work(place, "a build")
+def finished(place: Path) -> WorkFolder:
+    work = WorkFolder(place, "a build")
 
     def make() -> dict[str, int]:
         (work.bundle / "file").write_bytes(b"content")
@@ -87,7 +87,7 @@ def finished(place: Path) -> Work:
 
 def test_a_finished_part_is_found_again(tmp_path: Path) -> None:
     finished(tmp_path / "work")
-    again = Work(tmp_path / "work", "a build")
+    again = WorkFolder(tmp_path / "work", "a build")
     assert again.part("a part", lambda: pytest.fail("made again")) == {"made": 1}
     assert again.finished_bytes == len(b"content")
 
@@ -110,7 +110,7 @@ def test_a_note_of_other_types_vouches_for_nothing(tmp_path: Path, change: Chang
     content = json.loads(note.read_text())
     change(content)
     note.write_text(json.dumps(content))
-    again = Work(tmp_path / "work", "a build")
+    again = WorkFolder(tmp_path / "work", "a build")
     assert again.finished_bytes == 0
     assert again.part("a part", lambda: {"made": 2}) == {"made": 2}
     assert not (again.bundle / "file").exists()
