@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from t2v_rt import TextToVideoPipeline
 from t2v_rt.cli import main
 from t2v_rt.runtime.video import read_metadata
 from tests.conftest import Tiny
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

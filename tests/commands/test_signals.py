@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,10 @@ from t2v_rt import TextToVideoPipeline, cli, console
 from t2v_rt.build.work_folder import CONTINUES
 from t2v_rt.commands.bars import Bars
 from tests.conftest import Tiny
+from tests.support.processes import start_and_meet
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="such signals are Unix's")
 ENDING = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
-LONGEST = 60  # seconds that a test waits for what takes a few
 
 
 def hidden(folder: Path) -> list[str]:
@@ -28,15 +25,12 @@ def hidden(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_process_that_is_told_to_end_cleans_up(narrow: Tiny, tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "-m", "t2v_rt", "generate", "a ball", "--engines", str(narrow.bundle)]
-    command += ["--output", str(tmp_path / "out.npy"), "--num-inference-steps", "20000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + LONGEST
-        while not hidden(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert hidden(tmp_path), "the video was never begun"
+    command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.npy")]
+    endless = ["--num-inference-steps", "20000"]
+    with start_and_meet(*command, *endless, at="denoise", call=3, goes_on=True) as process:
+        assert hidden(tmp_path)  # the video is begun
         process.send_signal(number)
-        _, errors = process.communicate(timeout=LONGEST)
+        _, errors = process.communicate()
     assert (process.returncode, errors) == (cli.EXIT_INTERRUPTED, "t2v-rt: interrupted\n")
     assert not list(tmp_path.iterdir())
 

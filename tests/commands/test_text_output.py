@@ -131,6 +131,7 @@ def shell(line: str, *arguments: str, **environment: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=variables)
 
 
+@pytest.mark.slow
 @posix
 def test_closed_and_full_streams_of_a_process(narrow: Tiny, tmp_path: Path) -> None:
     inspect = ("inspect", str(narrow.bundle))

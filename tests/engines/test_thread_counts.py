@@ -27,6 +27,7 @@ def test_embeddings_do_not_depend_on_the_number_of_threads(pipes: list[TextToVid
     assert all(np.array_equal(other, found[0]) for other in found[1:])
 
 
+@pytest.mark.slow
 def test_frames_do_not_depend_on_the_number_of_threads(pipes: list[TextToVideoPipeline]) -> None:
     hashes = {
         hashlib.sha256(

@@ -13,7 +13,10 @@ from t2v_rt.cli import main
 from t2v_rt.commands.bars import Bars
 
 place, calls = sys.argv[1], int(sys.argv[2])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit none
+# what a shell ignores in its background, nohup too, would be ignored here as well
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in {"SIGTERM", "SIGHUP"} & set(signal.Signals.__members__):
+    signal.signal(signal.Signals[name], signal.SIG_DFL)
 
 
 def update(self, stage, done, total, *, detail=""):

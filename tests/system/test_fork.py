@@ -10,8 +10,11 @@ import pytest
 
 from tests.support.demo_bundle import build_demo
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
-LIMIT = 60  # seconds, far more than any of it takes; a child that hangs would do so for ever
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows"),
+]
+LIMIT = 600  # seconds, a hundred times what any of it takes: a child that hangs would do so for ever
 START = """
 import hashlib, multiprocessing, os, sys, threading, warnings
 warnings.filterwarnings("ignore", category=DeprecationWarning)  # of fork beside threads, from Python 3.12 on
