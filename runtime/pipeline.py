@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -306,19 +307,16 @@ class TextToVideoPipeline(DiffusersHabits):
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
         """
-        card = self.backend.own_memory
-        tokens = request.tokens(self.manifest.model)
-        return make_plan(
-            self.manifest,
-            request.latent_shape(self.manifest.model),
-            budget=self.vram_budget,
-            grid=self._vae_tiles,
-            kept_frames=kept_frames,
-            batches=guidance_batches(request.guidance, request.guidance_batch, card, tokens),
-            room=self._room,
-            available=self._available_bytes(),
-            own_memory=card,
-        )
+        card, tokens = self.backend.own_memory, request.tokens(self.manifest.model)
+        batches = guidance_batches(request.guidance, request.guidance_batch, card, tokens)
+        available, shape = self._available_bytes(), request.latent_shape(self.manifest.model)
+        return self._make_plan(shape, kept_frames=kept_frames, batches=batches, available=available)
+
+    @property
+    def _make_plan(self) -> partial[MemoryPlan]:
+        """`make_plan` with what is the same for all requests of this pipeline."""
+        budget, card = self.vram_budget, self.backend.own_memory
+        return partial(make_plan, self.manifest, budget=budget, grid=self._vae_tiles, room=self._room, own_memory=card)
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
@@ -360,15 +358,7 @@ class TextToVideoPipeline(DiffusersHabits):
         return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
 
     def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
-        whole = make_plan(
-            self.manifest,
-            latents.shape,
-            budget=self.vram_budget,
-            grid=self._vae_tiles,
-            room=self._room,
-            own_memory=self.backend.own_memory,
-        )
-        plan = whole.of_stage("decode")
+        plan = self._make_plan(latents.shape).of_stage("decode")
         with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
             yield from self.stages.decode(latents, plan, progress)
 

@@ -69,7 +69,7 @@ def plan_units(
     profiles: Sequence[VideoProfile],
     turing: bool,
 ) -> tuple[Unit, ...]:
-    """The units of plans, likewise.
+    """The units of plans, in the order they are made.
 
     Args:
         configs: of the checkpoint.
