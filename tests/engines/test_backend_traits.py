@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -34,6 +35,7 @@ from tests.conftest import Tiny
 from tests.support.host_card import HostCuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDERS = ("t2v_rt", "export", "engines", "runtime", "benchmarks")
 GIVEN: dict[str, Any] = {"provider": "cpu", "threads": 1, "trust": True, "gpus": "sm86"}
 LACKING = [(name, option) for name, info in BACKENDS.items() for option in OPTIONS if option not in info.options]
 CALLS = [(name, option) for name, option in LACKING if option != "gpus"]  # options of those who open a bundle
@@ -247,3 +249,15 @@ def test_where_cuda_cannot_be_asked_it_is_said_once(
     assert "install t2v-rt[cuda]" in line
     assert TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=10**9, provider="cuda").vram_budget == 10**9
     assert len(caplog.records) == 1
+
+
+# -- who asks --
+
+
+def test_nobody_compares_a_backend_s_name_to_learn_what_it_can_do() -> None:
+    names = "|".join(BACKENDS)
+    asked = re.compile(rf'[!=]= *"({names})"|"({names})" *[!=]=|\bin [\[({{]"({names})"|\.get\(\w*backend\b')
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 100
+    assert asked.search('if job.backend != "onnxruntime":')
+    assert [str(file) for file in files if asked.search(file.read_text(encoding="utf-8"))] == []

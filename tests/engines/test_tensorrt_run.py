@@ -173,7 +173,7 @@ def test_kernels_are_kept_privately(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (kept,) = (tmp_path / "t2v-rt" / "kernels").iterdir()
     if os.name == "posix":
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    monkeypatch.setattr("t2v_rt.system.user_cache.create_private", _full)
+    monkeypatch.setattr("t2v_rt.system.files.create_private", _full)
     cache.write(b"lost")
     assert cache.read() == b"more kernels"
 
