@@ -91,10 +91,11 @@ class Guidance:
         if len(predictions) == 1:
             return conditional
         unconditional = predictions[1]
-        if self.cfg_zero_star:
-            unconditional = projection_scale(conditional, unconditional) * unconditional
-        guided = guide(conditional, unconditional, self.scale)
-        return rescaled(guided, conditional, self.rescale) if self.rescale else guided
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by name in the end
+            if self.cfg_zero_star:
+                unconditional = projection_scale(conditional, unconditional) * unconditional
+            guided = guide(conditional, unconditional, self.scale)
+            return rescaled(guided, conditional, self.rescale) if self.rescale else guided
 
     def settings(self) -> dict[str, Any]:
         """As plain JSON values, under the names that the pipeline's call has for them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any
 
 from t2v_rt.engines.backends import backend_info, check_options
@@ -35,11 +36,18 @@ def largest_fitting(
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
     """
-    sizes = list(_smaller(manifest, height, width, num_frames))
-    for size in sorted(sizes, key=lambda size: not holds(manifest.profiles, *size)):  # stable
+
+    def fits(size: tuple[int, int, int]) -> bool:
         shape = manifest.model.latent_shape(1, *size)
-        if make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits:
-            return dict(zip(("height", "width", "num_frames"), size, strict=True))
+        return make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits
+
+    shorter, smaller = _smaller(manifest, height, width, num_frames)
+    for built in (True, False):
+        for sizes in (shorter, smaller):  # in each the memory falls, so the first that fits is found by halving
+            known = [size for size in sizes if holds(manifest.profiles, *size) is built]
+            index = bisect_left(known, True, key=fits)
+            if index < len(known):
+                return dict(zip(("height", "width", "num_frames"), known[index], strict=True))
     return None
 
 
@@ -126,14 +134,17 @@ def plan_request(
     return report
 
 
-def _smaller(manifest: Manifest, height: int, width: int, num_frames: int) -> Iterator[tuple[int, int, int]]:
-    """Sizes to try, in falling order: fewer frames first, then, at a single chunk of frames, smaller pictures."""
-    model = manifest.model
-    steps = model.steps
-    for latents in range(model.decode.latents(num_frames), 0, -1):
-        yield height, width, model.decode.frames(latents)
+def _smaller(
+    manifest: Manifest, height: int, width: int, num_frames: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Sizes to try, in falling order: the same picture with fewer frames; smaller pictures, of two latent frames."""
+    model, steps = manifest.model, manifest.model.steps
+    latents = model.decode.latents(num_frames)
+    shorter = [(height, width, model.decode.frames(count)) for count in range(latents, 0, -1)]
+    smaller = []
     while height > steps[0] or width > steps[1]:
         height, width = (
             max(step, int(side * SHRINK) // step * step) for side, step in zip((height, width), steps, strict=True)
         )
-        yield height, width, model.decode.frames(2)
+        smaller.append((height, width, model.decode.frames(2)))
+    return shorter, smaller

@@ -23,7 +23,7 @@ from t2v_rt.errors import RequestError
 from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.config import read_defaults
-from t2v_rt.export.family import TEXT_ENCODER, Configs
+from t2v_rt.export.family import FAMILIES, TEXT_ENCODER, Configs
 from t2v_rt.export.graph import GraphOptions, check_precision
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
@@ -41,23 +41,36 @@ Report = Callable[[float], None]
 Result = Mapping[str, Any]
 
 
-def code_files(makes_plans: bool) -> list[Path]:
-    """The modules that decide what bytes are in a bundle, in a fixed order.
+def code_files(makes_plans: bool, module: str, family: str) -> list[Path]:
+    """The modules that decide what bytes are in a bundle, in a fixed order; those of other families are left out.
 
     Args:
         makes_plans: whether plans are built.
+        module: of the family that exports, one of `FAMILIES`.
+        family: its name in the manifest.
     """
     import t2v_rt.engines.tensorrt
     import t2v_rt.export
     import t2v_rt.runtime
 
     export, runtime = (Path(package.__path__[0]) for package in (t2v_rt.export, t2v_rt.runtime))
-    files = [file for file in sorted(export.rglob("*.py")) if file.relative_to(export).as_posix() not in FINDERS]
-    files += [runtime / "self_test.py", *sorted((runtime / "families").glob("*.py"))]
+    _, *others = dict.fromkeys([_folder(module), *map(_folder, FAMILIES.values())])
+    files = [
+        file
+        for file in sorted(export.rglob("*.py"))
+        if file.relative_to(export).as_posix() not in FINDERS and file.relative_to(export).parts[0] not in others
+    ]
+    files += [runtime / "self_test.py", runtime / "families" / "__init__.py"]
+    files += [file for file in [runtime / "families" / f"{family}.py"] if file.is_file()]  # a program may bring its own
     if makes_plans:
         plans = Path(t2v_rt.engines.tensorrt.__path__[0])
         files += [plans / f"{name}.py" for name in ("builder", "library", "worker")]
     return files
+
+
+def _folder(module: str) -> str:
+    """The folder of the exporter that a family's module lies in."""
+    return module.removeprefix("t2v_rt.export.").partition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +147,8 @@ class BuildJob:
 
     def _fingerprint(self, builder: Mapping[str, str], profiles: Sequence[VideoProfile]) -> str:
         """A hash of all that goes into a bundle: weights and configs, settings, and the code that builds."""
-        files = code_files(self.makes_plans)
+        family = self.source.family
+        files = code_files(self.makes_plans, type(family).__module__, self.configs.model().family)
         code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         content = {
             "schema": SCHEMA_VERSION,
