@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.backends import Backend, backend_of, check_backend
+from t2v_rt.engines.backend_info import check_backend
+from t2v_rt.engines.backends import Backend, backend_of
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import check_profiles
 from t2v_rt.engines.bundle.store import Bundle, open_bundle

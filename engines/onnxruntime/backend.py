@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.engines.backends import BACKENDS
+from t2v_rt.engines.backend_info import BACKENDS
 from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.onnxruntime.library import ort

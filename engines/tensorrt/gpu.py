@@ -11,7 +11,7 @@ import logging
 import threading
 from typing import Any
 
-from t2v_rt.engines.backends import backend_info
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from t2v_rt.engines.tensorrt.library import Library
 from t2v_rt.errors import EngineError, OutOfMemoryError

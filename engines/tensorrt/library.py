@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2v_rt.engines.backends import backend_info, check_options
+from t2v_rt.engines.backend_info import backend_info, check_options
 from t2v_rt.errors import BackendError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
-from t2v_rt.engines.backends import backend_info, check_options
+from t2v_rt.engines.backend_info import backend_info, check_options
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import holds
 from t2v_rt.errors import RequestError

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from t2v_rt.engines.backends import backend_info
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.bundle.profiles import holds, nearest_profile
 from t2v_rt.engines.specs import StateSpec

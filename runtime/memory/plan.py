@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from t2v_rt.engines.backends import backend_info
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number

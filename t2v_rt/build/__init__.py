@@ -12,7 +12,7 @@ from t2v_rt.build.needs import estimate_needs
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.shares import Progress, Shares
 from t2v_rt.build.work_folder import WorkFolder, open_work_folder
-from t2v_rt.engines.backends import backend_info
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, EmbeddingSpec, Manifest, from_plain
 from t2v_rt.engines.bundle.profiles import Sizes
 from t2v_rt.engines.bundle.store import Bundle, Stamps, check_bundle_place, open_bundle, read_manifest, write_manifest

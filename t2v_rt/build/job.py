@@ -15,7 +15,8 @@ from typing import Any
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
 from t2v_rt.build.work_folder import WorkFolder
-from t2v_rt.engines.backends import backend_info, get_backend
+from t2v_rt.engines.backend_info import backend_info
+from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
 from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
 from t2v_rt.engines.tensorrt.library import load_library

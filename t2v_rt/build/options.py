@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from t2v_rt.engines.backends import check_backend
+from t2v_rt.engines.backend_info import check_backend
 from t2v_rt.engines.bundle.profiles import Sizes, parse_profiles
 from t2v_rt.engines.tensorrt.library import check_targets
 from t2v_rt.errors import RequestError

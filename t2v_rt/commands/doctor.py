@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata, util
 from typing import Any
 
-from t2v_rt.engines.backends import BACKENDS, BackendInfo
+from t2v_rt.engines.backend_info import BACKENDS, BackendInfo
 from t2v_rt.system.resources import available_memory_bytes
 
 LIBRARIES = (

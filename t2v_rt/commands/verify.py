@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt.commands.parsing import declare_options, given_options
-from t2v_rt.engines.backends import backend_info, backend_of, load_parts
+from t2v_rt.engines.backend_info import backend_info
+from t2v_rt.engines.backends import backend_of, load_parts
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import VerificationError
 from t2v_rt.options import documented_by, option

@@ -65,10 +65,13 @@ def test_an_interrupt_that_became_another_error_is_one_all_the_same(
             raise ImportError("initialization failed") from exc
 
     monkeypatch.setattr("t2v_rt.commands.inspect.open_bundle", load)
-    before = signal.getsignal(signal.SIGINT)
-    assert cli.main(["inspect", str(narrow.bundle)]) == cli.EXIT_INTERRUPTED
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    try:
+        assert cli.main(["inspect", str(narrow.bundle)]) == cli.EXIT_INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert capsys.readouterr().err == "t2v-rt: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_signals_that_are_ignored_or_taken_stay_so() -> None:

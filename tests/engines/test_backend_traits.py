@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 from t2v_rt import BackendError, RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
-from t2v_rt.engines.backends import BACKENDS, OPTIONS, Backend, BackendInfo, backend_of, check_options, get_backend
+from t2v_rt.engines.backend_info import BACKENDS, OPTIONS, BackendInfo, check_options
+from t2v_rt.engines.backends import Backend, backend_of, get_backend
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.store import Bundle, open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.contract import Component
