@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ GUIDES = [
     *(ROOT / "docs" / name for name in ("architecture.md", "how-to-add.md", "proof.md")),
     *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
 ]
+READ = (ast.ImportFrom, ast.Import, ast.Constant)
 BESIDE = ("t2v_rt.benchmarks",)  # may import from any floor
 
 
@@ -75,9 +77,15 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module's source; kept, as many tests look at the same modules."""
+    return tuple(node for node in ast.walk(ast.parse(source)) if isinstance(node, READ))
+
+
 def imports(file: Path, known: Mapping[str, Path]) -> Iterator[str]:
     """The modules of the product that a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file.read_text(encoding="utf-8")):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"

@@ -11,7 +11,7 @@ import pytest
 
 from t2v_rt.export import family as export_border
 from t2v_rt.runtime import families as runtime_border
-from tests.test_docs import imports, modules
+from tests.test_docs import imports, modules, nodes
 
 KNOWN = modules()
 REGISTRIES = ("t2v_rt.export.family", "t2v_rt.runtime.families")
@@ -48,8 +48,8 @@ def family_imports(files: Mapping[str, Path]) -> list[tuple[str, str]]:
             continue
         named = set(imports(file, {**KNOWN, **files}))
         if module not in REGISTRIES:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            named |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in KNOWN}
+            source = nodes(file.read_text(encoding="utf-8"))
+            named |= {node.value for node in source if isinstance(node, ast.Constant) and node.value in KNOWN}
         for target in sorted(map(str, named)):
             own = next((place for place in OWN if within(target, place)), None)
             if own is not None and not within(module, own):
@@ -125,8 +125,8 @@ def test_no_imports_lead_round(depth: int) -> None:
 def test_imports_name_whole_paths() -> None:
     """What the tests here read: a relative import would pass them by."""
     for file in KNOWN.values():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        assert all(node.level == 0 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), file
+        source = nodes(file.read_text(encoding="utf-8"))
+        assert all(node.level == 0 for node in source if isinstance(node, ast.ImportFrom)), file
 
 
 MADE_UP: dict[str, tuple[str, str, tuple[str, str]]] = {
