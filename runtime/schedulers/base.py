@@ -39,6 +39,10 @@ class SchedulerOutput:
     prev_sample: Array
 
 
+MOST_REMEMBERED = 256  # schedules
+_steppable: set[tuple[object, ...]] = set()  # schedules that were rehearsed: calls of a program mostly have the same
+
+
 C = TypeVar("C", bound=SchedulerConfig)
 
 
@@ -169,7 +173,10 @@ class Scheduler(Generic[C]):
         self._start()
 
     def _rehearse(self) -> None:
-        """Steps once through the schedule on a few values; raises RequestError where a step cannot be made."""
+        """Steps once through a new schedule on a few values; raises RequestError where a step cannot be made."""
+        schedule = (type(self), self.config, self.timesteps.tobytes(), self.sigmas.tobytes())
+        if schedule in _steppable:
+            return
         x, *outputs = REHEARSED
         learned = self._learned_shape(x.shape) != x.shape
         for i, t in enumerate(self.timesteps):
@@ -181,6 +188,9 @@ class Scheduler(Generic[C]):
                     f"{type(self).__name__} cannot make step {i + 1} of {len(self.timesteps)}, from timestep {t:g}: "
                     f"{exc}; take another number of steps, or other settings of the schedule"
                 ) from exc
+        if len(_steppable) >= MOST_REMEMBERED:
+            _steppable.clear()
+        _steppable.add(schedule)
 
     # -- steps --
 
