@@ -117,7 +117,7 @@ def lengths(bundle: Path) -> dict[str, Any]:
     """Time of the first engine's blocks at a prompt's own length against 512 tokens, in turn, weights loaded."""
     pipe = TextToVideoPipeline.from_pretrained(bundle)
     manifest = pipe.manifest
-    part = manifest.components["text_encoder"].parts[0]
+    part = manifest.components["text_encoder"].shards[0]
     (role,) = part.graphs
     padded = manifest.model.text.length
     rng = np.random.default_rng(0)

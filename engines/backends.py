@@ -41,10 +41,10 @@ class Backend(Protocol):
         ...
 
 
-def load_parts(backend: Backend, folder: Path, name: str, spec: ComponentSpec) -> Iterator[Component]:
-    """Loads the parts of a component one after another, each released before the next (see `ComponentSpec.parts`)."""
-    for part in spec.parts:
-        with backend.load(folder, name, part) as component:
+def load_shards(backend: Backend, folder: Path, name: str, spec: ComponentSpec) -> Iterator[Component]:
+    """Loads the shards of a component one after another, each released before the next (see `ComponentSpec.shards`)."""
+    for shard in spec.shards:
+        with backend.load(folder, name, shard) as component:
             yield component
 
 

@@ -153,24 +153,24 @@ class Component(ABC):
     def __iter__(self) -> Iterator[str]:
         return iter(self.engines)
 
-    def states(self, part: str = "") -> tuple[TensorSpec, ...]:
-        """The state tensors of all engines whose role begins with `part`, each once."""
-        engines = [engine for role, engine in self.engines.items() if role.startswith(part)]
+    def states(self, role_prefix: str = "") -> tuple[TensorSpec, ...]:
+        """The state tensors of all engines whose role begins with `role_prefix`, each once."""
+        engines = [engine for role, engine in self.engines.items() if role.startswith(role_prefix)]
         return tuple({state.tensor.name: state.tensor for engine in engines for state in engine.states}.values())
 
-    def new_state(self, *, height: int, width: int, part: str = "") -> EngineState:
+    def new_state(self, *, height: int, width: int, role_prefix: str = "") -> EngineState:
         """A zero-filled state; see `new_states`."""
-        return self.new_states(1, height=height, width=width, part=part)[0]
+        return self.new_states(1, height=height, width=width, role_prefix=role_prefix)[0]
 
-    def written(self, part: str = "") -> tuple[TensorSpec, ...]:
+    def written(self, role_prefix: str = "") -> tuple[TensorSpec, ...]:
         """Those of `states` that some engine writes: a call needs a second buffer for each."""
-        engines = [engine for role, engine in self.engines.items() if role.startswith(part)]
+        engines = [engine for role, engine in self.engines.items() if role.startswith(role_prefix)]
         written = [state.tensor for engine in engines for state in engine.states if state.output is not None]
         return tuple({tensor.name: tensor for tensor in written}.values())
 
     @abstractmethod
     def new_states(
-        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+        self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
     ) -> Sequence[EngineState]:
         """Zero-filled states that are used one after another, such as those of a frame's tiles.
 
@@ -181,7 +181,7 @@ class Component(ABC):
             count: number of states.
             height: rows of what the engines are fed: latents, or the features of a tile.
             width: columns of what the engines are fed.
-            part: for the engines whose role begins with it, such as `head` or `tail`; for all by default.
+            role_prefix: for the engines whose role begins with it, such as `head` or `tail`; for all by default.
             resident: how many of them have a place on the device at a time. The others are parked in host memory; a
                 call with a parked one saves the one that was used longest ago and brings it in. None for all.
                 Where the device is the host, it changes nothing.

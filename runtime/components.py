@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from t2v_rt.engines.backends import Backend, load_parts
+from t2v_rt.engines.backends import Backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component, Engine
 from t2v_rt.runtime.first_use import check_at_first_use
@@ -105,11 +105,11 @@ class Components:
             if not plan.resident:
                 self.release_idle()
             spec = self.bundle.manifest.components[name]
-            parts = partial(load_parts, self._backend, self.bundle.folder, name, spec)
+            shards = partial(load_shards, self._backend, self.bundle.folder, name, spec)
             with self.bundle.held(self.bundle.component_files(name)):
-                check_at_first_use(self.bundle, name, parts, self._backend.device)
-                for part in parts():
-                    yield from part.engines.values()
+                check_at_first_use(self.bundle, name, shards, self._backend.device)
+                for shard in shards():
+                    yield from shard.engines.values()
             return
         with self.stage(name, plan) as component:
             yield from component.engines.values()

@@ -19,13 +19,13 @@ from t2v_rt.system.user_cache import UserCache
 logger = logging.getLogger(__name__)
 
 
-def check_at_first_use(bundle: Bundle, name: str, parts: Callable[[], Iterable[Component]], device: str) -> None:
+def check_at_first_use(bundle: Bundle, name: str, shards: Callable[[], Iterable[Component]], device: str) -> None:
     """Tests a component unless it has passed on this device before.
 
     Args:
         bundle: that it is of.
         name: of the component.
-        parts: gives its engines, loaded, part by part; called only for a test.
+        shards: gives its engines, loaded, shard by shard; called only for a test.
         device: what they run on; empty for one that needs no proof, as the reference itself ran there.
 
     Raises:
@@ -39,7 +39,7 @@ def check_at_first_use(bundle: Bundle, name: str, parts: Callable[[], Iterable[C
     if not self_test.has_answers(name, bundle.folder):
         logger.warning("%s was not tested on %s: the bundle carries no self-test of it", name, device)
         return
-    result = self_test.check(name, parts(), bundle.manifest, bundle.folder)
+    result = self_test.check(name, shards(), bundle.manifest, bundle.folder)
     if not result.passed:
         raise EngineError(
             f"{name} computes something else on {device} than its float32 reference: relative error "

@@ -62,12 +62,12 @@ def run_calls(name: str, component: Component, model: ModelSpec, built: Componen
     results: list[NDArray[Any]] = []
     states: dict[str, EngineState] = {}
     for call in family_of(model).self_test(name, component, model, built, results):
-        engine, part = component[call.role], call.role.partition("_")[0]
+        engine, role_prefix = component[call.role], call.role.partition("_")[0]
         feeds = {spec.name: np.ascontiguousarray(call.feeds[spec.name], spec.numpy_dtype) for spec in engine.inputs}
-        if engine.states and part not in states:
+        if engine.states and role_prefix not in states:
             rows, columns = next(iter(feeds.values())).shape[-2:]
-            states[part] = component.new_state(height=rows, width=columns, part=part)
-        results.append(engine.infer(feeds, states.get(part))[call.output])
+            states[role_prefix] = component.new_state(height=rows, width=columns, role_prefix=role_prefix)
+        results.append(engine.infer(feeds, states.get(role_prefix))[call.output])
     return results
 
 
@@ -76,7 +76,7 @@ def record(name: str, answers: Sequence[NDArray[Any]], folder: Path) -> None:
 
     Args:
         name: of the component.
-        answers: of `run_calls`, with its float32 graphs, of all parts.
+        answers: of `run_calls`, with its float32 graphs, of all shards.
         folder: of the bundle.
     """
     place = folder / FOLDER
@@ -91,12 +91,12 @@ def has_answers(name: str, folder: Path) -> bool:
     return (folder / FOLDER / f"{name}.npz").is_file()
 
 
-def check(name: str, parts: Iterable[Component], manifest: Manifest, folder: Path) -> Verdict:
+def check(name: str, shards: Iterable[Component], manifest: Manifest, folder: Path) -> Verdict:
     """Holds a component against its bundle's answers.
 
     Args:
         name: of the component.
-        parts: its engines, part by part; each is done with when the next one is asked for.
+        shards: its engines, shard by shard; each is done with when the next one is asked for.
         manifest: of the bundle.
         folder: of the bundle.
 
@@ -107,7 +107,7 @@ def check(name: str, parts: Iterable[Component], manifest: Manifest, folder: Pat
     if not has_answers(name, folder):
         raise BundleError(f"{folder} carries no self-test of {name}; build it where its float32 reference fits memory")
     built = manifest.components[name]
-    results = (result for component in parts for result in run_calls(name, component, manifest.model, built))
+    results = (result for component in shards for result in run_calls(name, component, manifest.model, built))
     allowed = TOLERANCES[built.precision] + WEIGHTS_MARGIN * (built.weights_error or 0.0)
     return Verdict(name, largest_error(name, results, folder), allowed)
 

@@ -118,14 +118,14 @@ class ComponentSpec:
     weights_error: float | None = None
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """The component of parts that were built one after another and share nothing."""
-        graphs = {role: graph for part in parts for role, graph in part.graphs.items()}
-        return replace(parts[0], graphs=graphs, weights_bytes=sum(part.weights_bytes for part in parts))
+    def joined(cls, shards: Sequence[Self]) -> Self:
+        """The component of shards that were built one after another and share nothing."""
+        graphs = {role: graph for shard in shards for role, graph in shard.graphs.items()}
+        return replace(shards[0], graphs=graphs, weights_bytes=sum(shard.weights_bytes for shard in shards))
 
     @property
-    def parts(self) -> tuple[Self, ...]:
-        """The component in parts of which one at a time has to be loaded: groups of blocks, or all of it."""
+    def shards(self) -> tuple[Self, ...]:
+        """The component in shards, of which one at a time has to be loaded: groups of blocks, or all of it."""
         if not all(role.startswith(BLOCKS) for role in self.graphs):
             return (self,)
         return tuple(

@@ -128,7 +128,7 @@ class OrtComponent(Component):
     device = "cpu"
 
     def new_states(
-        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+        self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
     ) -> list[OrtState]:
         sizes = {"height": height, "width": width}
 
@@ -137,8 +137,8 @@ class OrtComponent(Component):
             return {name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, 0) for name, zero in zeros.items()}
 
         try:
-            spare = buffers(self.written(part))
-            return [OrtState(buffers(self.states(part)), spare, sizes) for _ in range(count)]
+            spare = buffers(self.written(role_prefix))
+            return [OrtState(buffers(self.states(role_prefix)), spare, sizes) for _ in range(count)]
         except MemoryError as exc:
             raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
 

@@ -279,12 +279,14 @@ class TensorRTComponent(Component):
         self._gpu = gpu
 
     def new_states(
-        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+        self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
     ) -> list[DeviceState[DeviceBuffer]]:
         sizes = {"height": height, "width": width}
         with self._gpu.lock:
             self._gpu.cuda.activate()
-            group = StateGroup(self._gpu.cuda, self.states(part), self.written(part), sizes, count, resident)
+            group = StateGroup(
+                self._gpu.cuda, self.states(role_prefix), self.written(role_prefix), sizes, count, resident
+            )
             return new_states(group, count)
 
 

@@ -35,12 +35,12 @@ class FrameDecoder:
         self._pixels = (height * spec.scale * spec.upscale, width * spec.scale * spec.upscale)
         self._tiles = make_tiles(height * spec.scale, width * spec.scale, grid, spec)
         fed = self._tiles[0].rows.fed, self._tiles[0].columns.fed
-        self._head = vae.new_state(height=height, width=width, part="head")
+        self._head = vae.new_state(height=height, width=width, role_prefix="head")
         self._tails = vae.new_states(
             len(self._tiles),
             height=fed[0].stop - fed[0].start,
             width=fed[1].stop - fed[1].start,
-            part="tail",
+            role_prefix="tail",
             resident=1 if parks else None,
         )
         self._when = "first"

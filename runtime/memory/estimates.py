@@ -57,10 +57,10 @@ def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
     text = model.text.length * model.text.dim * FLOAT
     told = built_context(encoder, BLOCKS, sizes)
     together = max if streamed else sum
-    weights = together(part.weights_bytes for part in encoder.parts)
+    weights = together(shard.weights_bytes for shard in encoder.shards)
     if told is None:
         return StageMemory("encode", weights, text, 0, 2 * text)
-    crossing = together(boundary_bytes(part, "", sizes) for part in encoder.parts)
+    crossing = together(boundary_bytes(shard, "", sizes) for shard in encoder.shards)
     return StageMemory("encode", weights, told, 0, crossing, crossing)
 
 
@@ -82,22 +82,24 @@ def denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) -
     return StageMemory("denoise", denoiser.weights_bytes, context, 0, latents + text), True
 
 
-def boundary_bytes(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of the inputs and outputs of a component's engines whose roles begin with `part`."""
-    return sum(spec.nbytes(sizes) for graph in _graphs(component, part) for spec in (*graph.inputs, *graph.outputs))
+def boundary_bytes(component: ComponentSpec, role_prefix: str, sizes: Mapping[str, int]) -> int:
+    """Bytes of the inputs and outputs of a component's engines whose roles begin with `role_prefix`."""
+    return sum(
+        spec.nbytes(sizes) for graph in _graphs(component, role_prefix) for spec in (*graph.inputs, *graph.outputs)
+    )
 
 
-def _graphs(component: ComponentSpec, part: str) -> list[GraphSpec]:
-    """The graphs of a component whose roles begin with `part`."""
-    return [graph for role, graph in component.graphs.items() if role.startswith(part)]
+def _graphs(component: ComponentSpec, role_prefix: str) -> list[GraphSpec]:
+    """The graphs of a component whose roles begin with `role_prefix`."""
+    return [graph for role, graph in component.graphs.items() if role.startswith(role_prefix)]
 
 
-def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int]) -> int | None:
+def built_context(component: ComponentSpec, role_prefix: str, sizes: Mapping[str, int]) -> int | None:
     """What a builder told of the memory that a component's engines work in, one after another.
 
     Args:
         component: from the manifest.
-        part: its roles begin with it.
+        role_prefix: its roles begin with it.
         sizes: symbol -> size of the call.
 
     Returns:
@@ -105,7 +107,7 @@ def built_context(component: ComponentSpec, part: str, sizes: Mapping[str, int])
         engines are graphs, of which nothing is told.
     """
     contexts = []
-    for graph in _graphs(component, part):
+    for graph in _graphs(component, role_prefix):
         if graph.plan is None:
             return None
         ranges = [profile.sizes for profile in graph.plan.profiles]
@@ -137,7 +139,7 @@ def decode_stage(
     tail, spare = _state_bytes(vae, "tail", tile_sizes)
     count = grid[0] * grid[1]
     crossing = boundary_bytes(vae, "head", whole_sizes) + boundary_bytes(vae, "tail", tile_sizes)
-    told = [built_context(vae, part, at) for part, at in (("head", whole_sizes), ("tail", tile_sizes))]
+    told = [built_context(vae, role, at) for role, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
     guessed = (
         HEAD_COPIES * _largest_state(vae, "head", whole_sizes)
@@ -155,22 +157,22 @@ def decode_stage(
     return decode, count * tail if parks else 0
 
 
-def _state_bytes(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> tuple[int, int]:
+def _state_bytes(vae: ComponentSpec, role_prefix: str, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one state, and of the buffers that a call writes before they become the state."""
-    states = _states(vae, part)
+    states = _states(vae, role_prefix)
     held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
     written = {state.tensor.name for state in states if state.output is not None}
     return sum(held.values()), sum(held[name] for name in written)
 
 
-def _largest_state(vae: ComponentSpec, part: str, sizes: dict[str, int]) -> int:
+def _largest_state(vae: ComponentSpec, role_prefix: str, sizes: dict[str, int]) -> int:
     """Bytes of the largest tensor of a state."""
-    return max(state.tensor.nbytes(sizes) for state in _states(vae, part))
+    return max(state.tensor.nbytes(sizes) for state in _states(vae, role_prefix))
 
 
-def _states(vae: ComponentSpec, part: str) -> list[StateSpec]:
-    """The states of the graphs whose roles begin with `part`, of each graph."""
-    return [state for graph in _graphs(vae, part) for state in graph.states]
+def _states(vae: ComponentSpec, role_prefix: str) -> list[StateSpec]:
+    """The states of the graphs whose roles begin with `role_prefix`, of each graph."""
+    return [state for graph in _graphs(vae, role_prefix) for state in graph.states]
 
 
 def tile_ways(manifest: Manifest, grid: Grid | None) -> list[Way]:

@@ -221,7 +221,7 @@ class BuildJob:
 
     def can_run_reference(self, name: str, built: ComponentSpec, folder: Path) -> bool:
         """Whether the largest part of a component fits memory and disk in float32; where it does not, that is said."""
-        largest = max(part.weights_bytes for part in built.parts)
+        largest = max(shard.weights_bytes for shard in built.shards)
         needed = int(largest * REFERENCE_GROWTH) * (
             FULL_SIZE[built.weights] if built.weights else FULL_SIZE[built.precision]
         )
@@ -242,11 +242,11 @@ class BuildJob:
         again = self.precision != "fp32" or bool(built.weights)
         place = work.scratch if again else work.bundle
         answers = []
-        for part in built.parts:
-            spec = part
+        for shard in built.shards:
+            spec = shard
             if again:
                 spec = components.export_component(
-                    name, self.source, self.configs, place, "fp32", roles=tuple(part.graphs)
+                    name, self.source, self.configs, place, "fp32", roles=tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 answers += self_test.run_calls(name, component, manifest.model, built)
@@ -261,12 +261,12 @@ class BuildJob:
 
         results = []
         scheme = Quantization(self.text_weights, "DequantizeLinear")
-        for part in built.parts:
-            place, spec = work.bundle, part
+        for shard in built.shards:
+            place, spec = work.bundle, shard
             if self.makes_plans:
-                place, graph_options = work.scratch, dict.fromkeys(part.graphs, GraphOptions(quantization=scheme))
+                place, graph_options = work.scratch, dict.fromkeys(shard.graphs, GraphOptions(quantization=scheme))
                 spec = components.export_component(
-                    name, self.source, self.configs, place, "fp32", graph_options, tuple(part.graphs)
+                    name, self.source, self.configs, place, "fp32", graph_options, tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
                 results += self_test.run_calls(name, component, manifest.model, built)

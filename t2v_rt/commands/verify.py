@@ -10,7 +10,7 @@ from typing import Any
 
 from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.backend_info import backend_info
-from t2v_rt.engines.backends import backend_of, load_parts
+from t2v_rt.engines.backends import backend_of, load_shards
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.errors import VerificationError
 from t2v_rt.options import documented_by, option
@@ -90,8 +90,8 @@ def verify(
     verdicts = []
     for name, spec in manifest.components.items():
         with bundle.held(bundle.component_files(name)):
-            parts = load_parts(engines, bundle.folder, name, spec)
-            verdicts.append(self_test.check(name, parts, manifest, bundle.folder))
+            shards = load_shards(engines, bundle.folder, name, spec)
+            verdicts.append(self_test.check(name, shards, manifest, bundle.folder))
     return {
         "bundle_id": manifest.bundle_id,
         "backend": manifest.backend,

@@ -81,10 +81,12 @@ class Decoder(OrtComponent):
     memory: HostMemory
 
     def new_states(  # type: ignore[override]
-        self, count: int, *, height: int, width: int, part: str = "", resident: int | None = None
+        self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
     ) -> list[DeviceState[Buffer]]:
         sizes = {"height": height, "width": width}
-        return new_states(StateGroup(self.memory, self.states(part), self.written(part), sizes, count, resident), count)
+        return new_states(
+            StateGroup(self.memory, self.states(role_prefix), self.written(role_prefix), sizes, count, resident), count
+        )
 
 
 @pytest.fixture
@@ -123,17 +125,17 @@ def test_memory_is_what_was_planned(vae: Decoder) -> None:
     one, spare = (
         sum(spec.nbytes({"height": 4, "width": 6}) for spec in part("tail")) for part in (vae.states, vae.written)
     )
-    states = vae.new_states(5, height=4, width=6, part="tail")
+    states = vae.new_states(5, height=4, width=6, role_prefix="tail")
     assert vae.memory.nbytes == 5 * one + spare
     assert states[0].nbytes == one + spare
     vae.memory.buffers.clear()
-    vae.new_states(5, height=4, width=6, part="tail", resident=2)
+    vae.new_states(5, height=4, width=6, role_prefix="tail", resident=2)
     assert vae.memory.nbytes == 2 * one + spare
     assert 0.4 * one < spare < 0.6 * one  # of two frames of each convolution's input, one is written
 
 
 def test_the_one_used_longest_ago_is_parked(vae: Decoder) -> None:
-    states = vae.new_states(3, height=4, width=6, part="tail", resident=2)
+    states = vae.new_states(3, height=4, width=6, role_prefix="tail", resident=2)
     for i in (0, 1, 0, 2):
         states[0].group.activate(states[i])
     assert [state.current is None for state in states] == [False, True, False]
@@ -142,7 +144,7 @@ def test_the_one_used_longest_ago_is_parked(vae: Decoder) -> None:
 
 
 def test_a_dropped_state_leaves_its_place(vae: Decoder) -> None:
-    states = vae.new_states(3, height=4, width=6, part="tail", resident=1)
+    states = vae.new_states(3, height=4, width=6, role_prefix="tail", resident=1)
     group = states[0].group
     group.activate(states[0])
     del states[0]
@@ -153,7 +155,7 @@ def test_a_dropped_state_leaves_its_place(vae: Decoder) -> None:
 
 
 def test_a_copy_is_the_callers(vae: Decoder) -> None:
-    (state,) = vae.new_states(1, height=4, width=6, part="tail")
+    (state,) = vae.new_states(1, height=4, width=6, role_prefix="tail")
     copies = state.to_host()
     assert set(copies) == {spec.name for spec in vae.states("tail")}
     assert not any(array.any() for array in copies.values())

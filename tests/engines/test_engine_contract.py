@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from t2v_rt import EngineError
-from t2v_rt.engines.backends import Backend, get_backend, load_parts
+from t2v_rt.engines.backends import Backend, get_backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.contract import Component, Engine
 from t2v_rt.engines.tensorrt.backend import TensorRTBackend
@@ -80,7 +80,7 @@ def random_feeds(engine: Engine, seed: int = 0, **sizes: int) -> dict[str, NDArr
 
 
 def test_state_belongs_to_the_caller(vae: Component) -> None:
-    one, two = (vae.new_state(height=HEIGHT, width=WIDTH, part="head") for _ in range(2))
+    one, two = (vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head") for _ in range(2))
     assert one.nbytes > 0
     assert not any(value.any() for value in one.to_host().values())
     first, later = vae["head_first"], vae["head_next"]
@@ -99,8 +99,8 @@ def test_state_belongs_to_the_caller(vae: Component) -> None:
 def test_states_of_one_turn_share_what_is_written(vae: Component, resident: int | None) -> None:
     height, width = TAIL
     tail = vae["tail"]
-    alone = vae.new_state(height=height, width=width, part="tail")
-    states = vae.new_states(3, height=height, width=width, part="tail", resident=resident)
+    alone = vae.new_state(height=height, width=width, role_prefix="tail")
+    states = vae.new_states(3, height=height, width=width, role_prefix="tail", resident=resident)
     feeds = [random_feeds(tail, seed, height=height, width=width) for seed in range(3)]
     for _ in range(2):
         frames = [tail.infer(fed, state)["frames"] for fed, state in zip(feeds, states, strict=True)]
@@ -113,7 +113,7 @@ def test_threads_with_a_state_each_do_not_mix(vae: Component) -> None:
     first, later = vae["head_first"], vae["head_next"]
 
     def decode(seed: int) -> list[NDArray[Any]]:
-        state = vae.new_state(height=HEIGHT, width=WIDTH, part="head")
+        state = vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head")
         calls = [(first, seed), (later, seed + 10), (later, seed + 20)]
         return [engine.infer(random_feeds(engine, i), state)["features"] for engine, i in calls]
 
@@ -129,7 +129,7 @@ def test_threads_with_a_state_each_do_not_mix(vae: Component) -> None:
 
 
 def test_outputs_outlive_the_next_call_and_the_engine(vae: Component) -> None:
-    state = vae.new_state(height=HEIGHT, width=WIDTH, part="head")
+    state = vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head")
     engine = vae["head_first"]
     features = engine.infer(random_feeds(engine), state)["features"]
     kept = features.copy()
@@ -162,7 +162,7 @@ def test_feeds_are_read_and_the_same_ones_give_the_same(backend: Backend, bundle
 
 @pytest.mark.parametrize("name", ["text_encoder", "transformer", "vae_decoder"])
 def test_answers_are_those_that_the_bundle_was_built_with(backend: Backend, bundle: Bundle, name: str) -> None:
-    parts = load_parts(backend, bundle.folder, name, bundle.manifest.components[name])
+    parts = load_shards(backend, bundle.folder, name, bundle.manifest.components[name])
     assert self_test.check(name, parts, bundle.manifest, bundle.folder).passed
 
 
@@ -170,7 +170,7 @@ def test_what_crosses_the_boundary_is_declared(vae: Component) -> None:
     for engine in vae.engines.values():
         height, width = TAIL if engine is vae["tail"] else (HEIGHT, WIDTH)
         part = "tail" if engine is vae["tail"] else "head"
-        state = vae.new_state(height=height, width=width, part=part)
+        state = vae.new_state(height=height, width=width, role_prefix=part)
         sizes = {"height": height, "width": width}
         outputs = engine.infer(random_feeds(engine, **sizes), state)
         assert list(outputs) == [spec.name for spec in engine.outputs]
@@ -182,7 +182,7 @@ def test_what_crosses_the_boundary_is_declared(vae: Component) -> None:
 
 
 def test_feeds_are_checked(vae: Component) -> None:
-    state = vae.new_state(height=HEIGHT, width=WIDTH, part="head")
+    state = vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head")
     engine = vae["head_next"]
     fed = random_feeds(engine)
     latents = fed["latents"]

@@ -112,7 +112,9 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
     spec = vae.spec.tiles
     assert spec is not None
     fed = (spec.fed_length(length * spec.scale, 2) for length in (HEIGHT, WIDTH))
-    room = vae.new_state(**dict(zip(("height", "width"), fed, strict=True)), part="tail").nbytes  # four tiles fit
+    room = vae.new_state(
+        **dict(zip(("height", "width"), fed, strict=True)), role_prefix="tail"
+    ).nbytes  # four tiles fit
     monkeypatch.setattr(OrtEngine, "infer", fail_on_large_tiles)
     latents = Generator(1).randn((1, pipe.manifest.model.latents.channels, 3, HEIGHT, WIDTH))
     chunks = list(pipe.decode(latents))
