@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines.backend_info import BACKENDS
 from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
-from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.engines.onnxruntime.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.engines.tensorrt.cuda import card_bytes

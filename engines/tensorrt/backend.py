@@ -26,7 +26,7 @@ from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
 from t2v_rt.engines.tensorrt.cuda import DeviceBuffer
 from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_states
 from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache
-from t2v_rt.engines.tensorrt.library import Library, load_library
+from t2v_rt.engines.tensorrt.libraries import Library, load_library
 from t2v_rt.errors import BackendError, EngineError
 from t2v_rt.system import forked
 

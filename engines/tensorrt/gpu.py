@@ -13,7 +13,7 @@ from typing import Any
 
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.tensorrt.cuda import Cuda, DeviceBuffer
-from t2v_rt.engines.tensorrt.library import Library
+from t2v_rt.engines.tensorrt.libraries import Library
 from t2v_rt.errors import EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 from t2v_rt.system.user_cache import UserCache

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.engines.tensorrt.library import Library, load_library
+from t2v_rt.engines.tensorrt.libraries import Library, load_library
 from t2v_rt.errors import EngineError, T2VError
 from t2v_rt.system.files import create_private
 from t2v_rt.system.resources import peak_rss_bytes

@@ -19,7 +19,7 @@ from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import SCHEMA_VERSION, ComponentSpec, Manifest, to_plain
 from t2v_rt.engines.bundle.profiles import VideoProfile, count_nodes, parse_profiles
-from t2v_rt.engines.tensorrt.library import load_library
+from t2v_rt.engines.tensorrt.libraries import load_library
 from t2v_rt.errors import RequestError
 from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def code_files(makes_plans: bool, module: str, family: str) -> list[Path]:
     files += [file for file in [runtime / "families" / f"{family}.py"] if file.is_file()]  # a program may bring its own
     if makes_plans:
         plans = Path(t2v_rt.engines.tensorrt.__path__[0])
-        files += [plans / f"{name}.py" for name in ("builder", "library", "worker")]
+        files += [plans / f"{name}.py" for name in ("builder", "libraries", "worker")]
     return files
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from t2v_rt.engines.backend_info import check_backend
 from t2v_rt.engines.bundle.profiles import Sizes, parse_profiles
-from t2v_rt.engines.tensorrt.library import check_targets
+from t2v_rt.engines.tensorrt.libraries import check_targets
 from t2v_rt.errors import RequestError
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.numbers import as_flag

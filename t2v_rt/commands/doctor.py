@@ -148,7 +148,7 @@ def _verdicts(
 
 def _graphs(info: BackendInfo, provider: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
     from t2v_rt.engines.onnxruntime.backend import PROVIDERS
-    from t2v_rt.engines.onnxruntime.library import ort
+    from t2v_rt.engines.onnxruntime.imported import ort
 
     called, _ = PROVIDERS[provider]
     if called not in ort.get_available_providers():

@@ -23,7 +23,7 @@ def test_all_that_writes_is_in_it_in_whatever_folder() -> None:
     assert {"runtime/self_test.py", "runtime/families/wan.py"} <= graphs
     exporter = {file.relative_to(ROOT).as_posix() for file in (ROOT / "export").rglob("*.py")}
     assert exporter - graphs == {f"export/{name}" for name in FINDERS}
-    assert names(True) - graphs == {f"engines/tensorrt/{name}.py" for name in ("builder", "library", "worker")}
+    assert names(True) - graphs == {f"engines/tensorrt/{name}.py" for name in ("builder", "libraries", "worker")}
 
 
 def test_what_only_finds_is_there_and_not_in_it() -> None:

@@ -23,9 +23,9 @@ from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.store import Bundle, open_bundle, read_manifest, write_manifest
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.onnxruntime.backend import PROVIDERS, OnnxRuntimeBackend
-from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.engines.tensorrt import cuda
-from t2v_rt.engines.tensorrt.library import check_targets
+from t2v_rt.engines.tensorrt.libraries import check_targets
 from t2v_rt.export.graph import PRECISIONS
 from t2v_rt.runtime.memory.plan import CARD_RESERVE
 from t2v_rt.runtime.options import CallOptions

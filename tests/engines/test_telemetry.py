@@ -13,7 +13,7 @@ import pytest
 from tests.support.demo_bundle import build_demo
 
 ROOT = Path(__file__).resolve().parents[2]
-THE_PLACE = ROOT / "engines" / "onnxruntime" / "library.py"
+THE_PLACE = ROOT / "engines" / "onnxruntime" / "imported.py"
 IMPORT = re.compile(r"^\s*(import|from)\s+onnxruntime\b|import\s[^#\n]*\bonnxruntime\b", re.MULTILINE)
 LIBRARY = """
 import os, sys

@@ -21,7 +21,7 @@ from t2v_rt.commands.plan import plan
 from t2v_rt.engines.bundle.profiles import Range
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.tensorrt.builder import run_worker
-from t2v_rt.engines.tensorrt.library import DEFAULT_TARGETS, check_targets, load_library
+from t2v_rt.engines.tensorrt.libraries import DEFAULT_TARGETS, check_targets, load_library
 from tests.conftest import Tiny
 from tests.export.test_graph_forms import FORBIDDEN
 from tests.support.processes import start_and_meet

@@ -26,7 +26,7 @@ from t2v_rt.engines.tensorrt import gpu as card
 from t2v_rt.engines.tensorrt.backend import check_target, check_version, choose_profile
 from t2v_rt.engines.tensorrt.cuda import Cuda, explain_no_device
 from t2v_rt.engines.tensorrt.gpu import KernelCache, make_log
-from t2v_rt.engines.tensorrt.library import Library, load_library
+from t2v_rt.engines.tensorrt.libraries import Library, load_library
 from t2v_rt.errors import OutOfMemoryError
 from t2v_rt.runtime.memory.estimates import tile_ways
 from tests.conftest import Tiny

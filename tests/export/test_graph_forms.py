@@ -11,7 +11,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import export_component
 from t2v_rt.export.graph import GraphOptions, Precision

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from t2v_rt import RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
 from t2v_rt.commands.verify import verify
-from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.export.quantize import BLOCK, Nodes, Quantization
 from tests.conftest import Tiny
 

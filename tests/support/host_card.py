@@ -23,7 +23,7 @@ from t2v_rt.build import prepare
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
-from t2v_rt.engines.onnxruntime.library import ort
+from t2v_rt.engines.onnxruntime.imported import ort
 
 SUCCESS, OUT_OF_MEMORY, INVALID = 0, 2, 1
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
