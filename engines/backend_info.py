@@ -6,7 +6,7 @@ Nobody else asks for a backend's name to learn what it can do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from t2v_rt.errors import BackendError
 
@@ -61,7 +61,18 @@ class BackendInfo:
         return self.own_memory if chosen is None else self.providers[chosen]
 
 
-FUSED = "it has fused attention for these only"
+RTX = BackendInfo(
+    "tensorrt_rtx",
+    "tensorrt-rtx",
+    ("fp16", "bf16"),
+    "it has fused attention for these only",
+    ahead_of_time=True,
+    own_memory=True,
+    native_code=True,
+    parks_states=True,
+    options=frozenset({"gpus", "trust"}),
+    least_compute=7.5,
+)
 BACKENDS: Mapping[str, BackendInfo] = {
     "onnxruntime": BackendInfo(
         "onnxruntime",
@@ -71,30 +82,8 @@ BACKENDS: Mapping[str, BackendInfo] = {
         options=frozenset({"provider", "threads"}),
         providers={"cpu": False, "cuda": True},
     ),
-    "tensorrt-rtx": BackendInfo(
-        "tensorrt_rtx",
-        "tensorrt-rtx",
-        ("fp16", "bf16"),
-        FUSED,
-        ahead_of_time=True,
-        own_memory=True,
-        native_code=True,
-        parks_states=True,
-        options=frozenset({"gpus", "trust"}),
-        least_compute=7.5,
-    ),
-    "tensorrt": BackendInfo(
-        "tensorrt",
-        "tensorrt",
-        ("fp16", "bf16"),
-        FUSED,
-        ahead_of_time=True,
-        own_memory=True,
-        native_code=True,
-        parks_states=True,
-        options=frozenset({"trust"}),
-        least_compute=7.5,
-    ),
+    "tensorrt-rtx": RTX,
+    "tensorrt": replace(RTX, module="tensorrt", extra="tensorrt", options=frozenset({"trust"})),
 }
 # options that not every backend has: how the commands spell them, and what a backend without them is like
 OPTIONS: Mapping[str, tuple[str, str]] = {
