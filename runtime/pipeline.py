@@ -323,19 +323,6 @@ class TextToVideoPipeline(DiffusersHabits):
         """Of the machine's memory, where engines work in it."""
         return None if self.backend.own_memory else available_memory_bytes()
 
-    def check_memory(self, request: Request, plan: MemoryPlan) -> None:
-        """Refuses a request that cannot fit, before anything is allocated.
-
-        Args:
-            request: from `make_request`.
-            plan: what `plan` made of the request.
-
-        Raises:
-            RequestError: more is needed than there is or the budget allows; names the largest video that fits.
-        """
-        available, card = self._available_bytes(), self.backend.own_memory
-        check_room(self.manifest, request, plan, available, self.vram_budget, card)
-
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
         plan = self.plan(make_request(self.manifest, CallOptions(prompt="", seed=0))).of_stage("encode")
@@ -382,7 +369,7 @@ class TextToVideoPipeline(DiffusersHabits):
         """A run of a request that fits, on its own copy of the scheduler."""
         check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
         plan = self.plan(request, kept_frames)
-        self.check_memory(request, plan)
+        check_room(self.manifest, request, plan, self.backend.own_memory)
         request = replace(request, guidance_batch=plan.one_batch)
         return Run(self.stages, self.admission, self.scheduler.copy(), request, plan, hooks, owner=self)
 

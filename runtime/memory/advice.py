@@ -59,32 +59,25 @@ def advise(manifest: Manifest, best: Mapping[str, int] | None) -> str:
     return f"{best['width']}x{best['height']} with {best['num_frames']} frames would fit{built} (an estimate)"
 
 
-def check_room(
-    manifest: Manifest,
-    request: Request,
-    plan: MemoryPlan,
-    available: int | None,
-    budget: int | None,
-    own_memory: bool | None = None,
-) -> None:
-    """Refuses a request that cannot fit.
+def check_room(manifest: Manifest, request: Request, plan: MemoryPlan, own_memory: bool | None = None) -> None:
+    """Refuses a request that cannot fit, before anything is allocated.
 
     Args:
         manifest: of the bundle.
         request: whose memory is planned.
-        plan: of the request's memory.
-        available: bytes of the machine's memory, where engines work in it, else None.
-        budget: bytes that engines may take, or None.
+        plan: of the request's memory; it knows the budget, and what memory the machine has available.
         own_memory: as `make_plan` takes it.
 
     Raises:
         RequestError: more is needed than there is or the budget allows; names the largest video that fits.
     """
     size = request.height, request.width, request.num_frames
-    checks = [] if available is None else [(plan.host_bytes, available, "the memory available")]
-    checks += [] if budget is None else [(plan.least_bytes, budget, "the budget")]
+    checks = [
+        (plan.host_bytes, plan.available_bytes, "the memory available"),
+        (plan.least_bytes, plan.budget_bytes, "the budget"),
+    ]
     for needed, room, what in checks:
-        if needed > room:
+        if room is not None and needed > room:
             best = largest_fitting(manifest, *size, room, own_memory)
             raise RequestError(plan.refusal(needed, room, what, advise(manifest, best)))
 

@@ -36,6 +36,7 @@ class MemoryPlan:
         estimated: whether contexts are estimates; False where a builder told them.
         resident: whether weights stay loaded; otherwise each stage's are released when it ends.
         streamed: whether the text encoder's engines are loaded one after another, each released before the next.
+        available_bytes: of the machine's memory when it was made, where engines work in it, else None.
     """
 
     stages: tuple[StageMemory, ...]
@@ -49,6 +50,7 @@ class MemoryPlan:
     estimated: bool = True
     resident: bool = True
     streamed: bool = False
+    available_bytes: int | None = None
 
     @property
     def grid(self) -> Grid:
@@ -193,9 +195,8 @@ def make_plan(
     for i, way in enumerate(ways):
         decode, parked = family.decode_memory(manifest, shape, way, latents)
         stages = (encode, denoise, decode)
-        tried.append(
-            MemoryPlan(stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated)
-        )
+        known = stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated
+        tried.append(MemoryPlan(*known, available_bytes=available))
         if budget is None or decode.total_bytes + reserve <= budget:
             break
     else:
