@@ -91,6 +91,11 @@ class Stages:
             )
         return self._encoder.encode(texts, partial(self.components.engines, "text_encoder", plan))
 
+    def forget_prompts(self) -> None:
+        """Forgets the embeddings that were remembered for later calls, for those who measure how long making them takes."""
+        if self._encoder is not None:
+            self._encoder.forget()
+
     def _embed(self, table: EmbeddingTable, path: str, ids: NDArray[np.int64]) -> Array:
         """Token embeddings, out of the file that was opened."""
         with self.bundle.held((path,)):

@@ -77,6 +77,11 @@ class PromptEncoder:
                 found |= self._run([text for text in dict.fromkeys(texts) if text not in found], open_engines)
         return np.stack([self._rule.padded(found[text], self._spec.length) for text in texts])
 
+    def forget(self) -> None:
+        """Forgets all results of this process, so that the next call of each text runs the engines."""
+        with self._lock:
+            self._cache.clear()
+
     def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of those texts that are remembered."""
         with self._lock:
