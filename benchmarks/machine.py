@@ -7,24 +7,33 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("t2v-rt", "numpy", "onnxruntime", "tensorrt-rtx", "torch", "diffusers", "transformers")
+from t2v_rt.benchmarks.cards import describe_cards
+from t2v_rt.system.resources import usable_processors
+
+PACKAGES = (
+    *("t2v-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "torch", "diffusers"),
+    *("transformers", "openvino", "stable-diffusion-cpp-python"),
+)
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU, cores, system, Python and the versions of the packages that matter."""
+    """CPU, cores, memory, system, Python and the versions of the packages that matter; the cards, where there are."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
+    machine: dict[str, object] = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_processors(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": versions,
     }
+    cards = describe_cards()
+    return {**machine, "cards": cards} if cards else machine
 
 
 def _cpu_name() -> str:

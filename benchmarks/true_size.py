@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.process_tree import measure
-from t2v_rt.commands.plan import plan
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.contract import Feeds
 from t2v_rt.runtime.families import wan
+from t2v_rt.runtime.memory.advice import plan_request
+from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
 Array = NDArray[np.float32]
@@ -56,7 +57,8 @@ def build(checkpoint: Path, bundle: Path, backend: str) -> dict[str, Any]:
     report = measure(command, bundle.parent)
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     report |= {"bundle_bytes": size, "peak_disk_over_bundle": report["peak_disk_bytes"] / size}
-    components = open_bundle(bundle).manifest.components
+    manifest = open_bundle(bundle).manifest
+    components = manifest.components
     report["weights_bytes"] = {name: spec.weights_bytes for name, spec in components.items()}
     report["text_encoder"] = {
         role: {
@@ -65,7 +67,10 @@ def build(checkpoint: Path, bundle: Path, backend: str) -> dict[str, Any]:
         }
         for role, graph in components["text_encoder"].graphs.items()
     }
-    report["plans"] = [plan(bundle, vram_budget=budget) for budget in BUDGETS]
+    asked = CallOptions(prompt="", seed=0)
+    report["plans"] = [
+        {"bundle_id": manifest.bundle_id, **plan_request(manifest, asked, vram_budget=budget)} for budget in BUDGETS
+    ]
     return report
 
 

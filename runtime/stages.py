@@ -92,7 +92,7 @@ class Stages:
         return self._encoder.encode(texts, partial(self.components.engines, "text_encoder", plan))
 
     def forget_prompts(self) -> None:
-        """Forgets the embeddings that were remembered for later calls, for those who measure how long making them takes."""
+        """Forgets the embeddings that were remembered for later calls, for who measures how long making them takes."""
         if self._encoder is not None:
             self._encoder.forget()
 

@@ -1,4 +1,4 @@
-"""The command line: `t2v-rt build-engines | encode | generate | inspect | plan | verify | doctor`."""
+"""The command line: `t2v-rt build-engines | encode | generate | inspect | plan | bench | verify | doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from t2v_rt import console
 from t2v_rt.commands import COMMANDS, command_of
-from t2v_rt.errors import RequestError, T2VError, VerificationError
+from t2v_rt.errors import RegressionError, RequestError, T2VError, VerificationError
 
 EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
@@ -92,7 +92,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
     try:
         report = command.run(parsed)
-    except VerificationError as exc:
+    except (VerificationError, RegressionError) as exc:
         show(exc.report)
         raise
     show(report)

@@ -10,6 +10,7 @@
     ├── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
     │   ├── OutOfMemoryError  the device, or the machine, had no room for what an engine works in
     │   └── VerificationError engines that do not give the answers of their reference
+    ├── RegressionError       a build that was measured and is slower than another (exit code 1)
     └── CancelledError        a request that was stopped by the caller's own event (exit code 130)
 
 Every message is one line: what was found, what was expected, what to do.
@@ -75,6 +76,19 @@ class VerificationError(EngineError):
     Args:
         message: which bundle's.
         report: what each component answered, as plain JSON values.
+    """
+
+    def __init__(self, message: str, report: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class RegressionError(T2VError):
+    """A build is slower, or takes more memory, than the one that it was compared with.
+
+    Args:
+        message: what became worse.
+        report: each verdict, as plain JSON values.
     """
 
     def __init__(self, message: str, report: Mapping[str, Any]) -> None:

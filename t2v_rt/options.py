@@ -30,6 +30,7 @@ class Option:
         metavar: what stands for its value in the usage; empty for the parser's choice.
         read: makes the value of the word that is given.
         words: the words that it may be -> their values, instead of `read`.
+        repeated: whether it may be given several times; its value is the list of all.
         help: its text there, where that of the docstring says what the command line cannot do; empty for that one.
     """
 
@@ -38,6 +39,7 @@ class Option:
     metavar: str = ""
     read: Callable[[str], Any] = str
     words: Mapping[str, Any] | None = None
+    repeated: bool = False
     help: str = ""
 
 
@@ -49,10 +51,13 @@ def option(
     metavar: str = "",
     read: Callable[[str], Any] = str,
     words: Mapping[str, Any] | None = None,
+    repeated: bool = False,
     help: str = "",
 ) -> Any:
     """A dataclass's field that is an option of a command too; see `Option` for the arguments after `default`."""
-    return dataclasses.field(default=default, metadata={KEY: Option(flag, positional, metavar, read, words, help)})
+    return dataclasses.field(
+        default=default, metadata={KEY: Option(flag, positional, metavar, read, words, repeated, help)}
+    )
 
 
 def options_of(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Option]]:

@@ -19,7 +19,6 @@ GUIDES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
 ]
 READ = (ast.ImportFrom, ast.Import, ast.Constant)
-BESIDE = ("t2v_rt.benchmarks",)  # may import from any floor
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -116,14 +115,13 @@ def reach(start: str, arrows: list[tuple[str, str]]) -> set[str]:
 def test_imports_go_down_the_arrows_of_the_picture() -> None:
     floors, arrows = drawn()
     known = modules()
-    packages = [name for name in SETUP["packages"] if name not in BESIDE]
-    assert [name for name in packages if floor_of(name, floors) is None] == []
+    assert [name for name in SETUP["packages"] if floor_of(name, floors) is None] == []
     assert [floor for floor in floors if floor in reach(floor, arrows)] == []
     used = set()
     wrong = []
     for module, file in known.items():
         source = floor_of(module, floors)
-        if source is None or module.startswith(BESIDE):
+        if source is None:
             continue
         for imported in imports(file, known):
             target = floor_of(imported, floors)

@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, str] = {
     "generate": "Make a video from a prompt; what is left out takes the bundle's default.",
     "inspect": "Check a bundle and tell what is in it.",
     "plan": "Tell what a request needs in memory, stage by stage, and whether it fits; nothing is loaded.",
+    "bench": "Measure a bundle, stage by stage and beside peers; with the word compare, judge two results.",
     "verify": "Hold a bundle's engines, on this machine, against the answers of their float32 reference.",
     "doctor": "Tell what of this machine can be used, and why not.",
 }

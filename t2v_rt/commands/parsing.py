@@ -29,6 +29,8 @@ def declare_options(parser: argparse.ArgumentParser, cls: type) -> None:
             settings["metavar"] = option.metavar or None
             settings["type"] = _reader(option.read)
             settings["choices"] = None if option.words is None else tuple(option.words)
+            if option.repeated:
+                settings["action"] = "append"
         if option.positional:
             names, settings["nargs"] = [field.name], None if required else "?"
         else:
