@@ -18,11 +18,10 @@ from t2v_rt.errors import InputError
 Matrix = tuple[int, int, int]  # rows, inner, columns
 MATRICES: tuple[Matrix, ...] = ((768, 1536, 1536), (768, 1536, 8960), (1920, 1536, 1536))  # where no graph says better
 MOST_ROWS = 2048  # of a product that is measured: from there on the rate stays
-TIMED = (
-    15  # of each shape, after one that warms up; the best counts, as a limit is what the machine can do when left alone
-)
-LEAST_SECONDS = 0.02  # of a timed piece: products that are shorter are repeated
-COPIED = 256 << 20  # bytes, many times a processor's caches
+# of each shape, after one that warms up; the best counts: a limit is what the machine can do when left alone
+TIMED = 9
+LEAST_SECONDS = 0.01  # of a timed piece: products that are shorter are repeated
+COPIED = 128 << 20  # bytes, more than a processor's caches hold
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of NumPy's products
 GIGA = 1e9
 

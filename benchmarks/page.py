@@ -118,6 +118,7 @@ def _facts(workload: Mapping[str, Any]) -> Iterator[str]:
     yield "throughput " + ", ".join(f"{value:.4g} {name.replace('_', ' ')}" for name, value in
                                     workload["throughput"].items())  # fmt: skip
     stages = ours["stages"]
+    yield f"transfers: {ours['facts']['transfers']}"
     if "outside" in stages and "call" in stages:
         yield f"outside of engines: {stages['outside']['p50'] / stages['call']['p50']:.1%} of the call"
     yield from _memory(workload)

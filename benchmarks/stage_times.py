@@ -20,8 +20,6 @@ COUNTED = {
     "step guidance": "from the end of the engine's call to the sampler: joining both predictions, looking for values "
     "that are not finite",
     "step scheduler": "the sampler's own step",
-    "step transfers": "copies to and from the device; none where engines work in the machine's memory. On a card they "
-    "are inside the engines' times and are not told apart",
     "step outside": "a step without its engines: guidance, scheduler, and the loop around them",
     "denoise": "all steps",
     "decode first": "the first chunk of frames, the decoder's states made for it",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,16 +88,10 @@ def _onnx() -> Any:
     return onnx
 
 
-@cache
-def _read(path: Path) -> bytes:
-    """The graph without its weights, which lie in another file."""
-    return path.read_bytes()
-
-
 def _shapes(path: Path, graph: GraphSpec, sizes: Mapping[str, int]) -> tuple[Any, Shapes]:
     """The graph, and the shape of each value in it."""
     onnx = _onnx()
-    model = onnx.load_model_from_string(_read(path))
+    model = onnx.load_model_from_string(path.read_bytes())  # its weights lie in another file
     fixed = {spec.name: spec.resolve(sizes) for spec in graph.inputs}
     fixed |= {state.input: state.tensor.resolve(sizes) for state in graph.states if state.input is not None}
     for item in model.graph.input:

@@ -33,6 +33,8 @@ from t2v_rt.runtime.video import open_writer
 
 WHOLE: Way = ((1, 1), False)  # the VAE decoder undivided
 FILE = "video.mp4"
+ON_HOST = "none: engines read and write the machine's memory"
+ON_CARD = "copies to and from the card are within the engines' times, which wait for them"
 SAME_NUMBERS = 1e-3  # float32 by other kernels: a whole call adds up the rounding of its steps
 MakeBackend = Callable[[Bundle, Job], Backend]
 
@@ -126,6 +128,7 @@ class PipelineRunner:
         """
         return {
             "open_seconds": self.opened,
+            "transfers": ON_CARD if self.pipe.backend.own_memory else ON_HOST,
             "engine_calls": [
                 {
                     "component": name,
