@@ -3,23 +3,22 @@
     python -m t2v_rt.benchmarks.guidance --engines build/demo --output benchmarks/results/guidance.json
 
 Both ways run in turn on the same inputs, with prompts of two lengths; medians and their ratio are reported. From the
-ratios follows `ONE_BATCH_TOKENS` in `t2v_rt/runtime/denoiser.py`.
+ratios follows `ONE_BATCH_TOKENS` in `runtime/denoise/denoiser.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from t2v_rt import TextToVideoPipeline
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import finish
+from t2v_rt.benchmarks.timing import alternate
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.noise import Generator
 
@@ -42,12 +41,6 @@ SIZES = (
 TIMESTEP = 500.0
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def compare(pipe: TextToVideoPipeline, videos: int, latent: Sequence[int], rounds: int) -> dict[str, object]:
     """Medians of both ways for one size, and how far their results are apart."""
     model = pipe.manifest.model
@@ -55,9 +48,9 @@ def compare(pipe: TextToVideoPipeline, videos: int, latent: Sequence[int], round
     component = pipe.stages.components.get("transformer")
     sample = Generator(0).randn((videos, model.latents.channels, *latent))
     calls, batch = (Denoiser(component, pipe.stages.text, prompts, together) for together in (False, True))
-    results = [way.predict(sample, TIMESTEP, 2) for way in (calls, batch)]  # warms up, too
-    pairs = [[seconds(partial(way.predict, sample, TIMESTEP, 2)) for way in (calls, batch)] for _ in range(rounds)]
-    two, one = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ways = {name: partial(way.predict, sample, TIMESTEP, 2) for name, way in (("two", calls), ("one", batch))}
+    results = [way() for way in ways.values()]
+    two, one = (statistics.median(times) for times in alternate(ways, rounds).values())
     tokens = videos * int(np.prod([size // patch for size, patch in zip(latent, model.patch, strict=True)]))
     return {
         "videos": videos,
@@ -80,15 +73,11 @@ def main() -> None:
     rows = [compare(pipe, videos, latent, options.rounds) for videos, *latent in SIZES]
     rows.sort(key=lambda row: int(str(row["tokens"])))
     result = {
-        "machine": describe_machine(),
         "backend": "onnxruntime, cpu",
         "bundle": str(options.engines),
         "sizes": rows,
     }
-    text = json.dumps(result, indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(result, options.output)
 
 
 if __name__ == "__main__":

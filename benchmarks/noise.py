@@ -19,8 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ from numpy.typing import NDArray
 
 import t2v_rt.errors
 import t2v_rt.runtime.noise
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import finish
+from t2v_rt.benchmarks.timing import alternate
 from t2v_rt.runtime.noise import ANGLE_STEP, BLOCK, UNIFORM_STEP, WIDE_ROWS, Generator, _log, _sine_cosine
 
 Draws = list[tuple[int, list[list[int]]]]  # of each seed, the shapes of its successive calls
@@ -236,26 +236,20 @@ def compare_speed(rounds: int) -> dict[str, Any]:
     """Seconds for one video's noise, in turn: medians, and ours over torch's."""
     import torch
 
-    def seconds(draw: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        draw()
-        return time.perf_counter() - start
-
     theirs = torch.Generator("cpu").manual_seed(0)
-    pairs = [
-        (seconds(lambda: Generator(0).randn(VIDEO_SHAPE)), seconds(lambda: torch.randn(VIDEO_SHAPE, generator=theirs)))
-        for _ in range(rounds)
-    ]
-    ours, reference = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ways = {
+        "ours": lambda: Generator(0).randn(VIDEO_SHAPE),
+        "torch": lambda: torch.randn(VIDEO_SHAPE, generator=theirs),
+    }
+    ours, reference = (statistics.median(times) for times in alternate(ways, rounds).values())
     return {"shape": VIDEO_SHAPE, "t2v_rt": ours, "torch": reference, "ratio": ours / reference}
 
 
 def measure(pythons: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All figures, with the machine's name."""
+    """All figures."""
     here = hash_here(HASHED)
     rows = hashes([sys.executable, *pythons], HASHED)
     return {
-        "machine": describe_machine(),
         "against torch.randn": compare_with_torch(pairs_to_compare()),
         "of all 2^24 uniforms, wrongly rounded": wrong_roundings(),
         "draws": [f"seed {seed}, shapes {shapes}" for seed, shapes in HASHED],
@@ -275,10 +269,7 @@ def main() -> int:
     if util.find_spec("torch") is None:
         parser.error('torch is not installed; install it with pip install "t2v-rt[export]"')
     report = measure(options.python, options.rounds)
-    text = json.dumps(report, indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(report, options.output)
     return 0 if report["same bytes everywhere"] else 1
 
 

@@ -3,20 +3,19 @@
     python -m t2v_rt.benchmarks.plan_contexts --output benchmarks/results/plan_contexts.json
 
 Two layers of the denoiser and one of the text encoder do: they work in the same memory one after another. The rules of
-thumb in `t2v_rt/export/wan/contexts.py` are fitted to the result.
+thumb in `export/wan/contexts.py` are fitted to the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from t2v_rt import build_engines
-from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.make_checkpoint import changed, make_checkpoint
+from t2v_rt.benchmarks.results import finish
 from t2v_rt.benchmarks.wan_tensors import CONFIGS
 
 SIZES = ((256, 256, 9), (240, 416, 33), (480, 832, 17), (480, 832, 81), (720, 1280, 81))
@@ -56,11 +55,7 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         make_checkpoint(checkpoint, changed(CONFIGS, CHANGES))
         rows = [row for size in SIZES for row in contexts(checkpoint, Path(folder) / "bundle", size)]
-    result = {"machine": describe_machine(), "changes": list(CHANGES), "contexts": rows}
-    text = json.dumps(result, indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish({"changes": list(CHANGES), "contexts": rows}, options.output)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ the correlation with the decoded frames, averaged over the pixels and frames tha
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import finish
+from t2v_rt.benchmarks.timing import seconds
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.preview import shrunk
 
@@ -77,13 +76,8 @@ def main() -> None:
     colours = [decoded(pipe, item) for item in latents]
     random = Generator(0).randn((1, latents[0].shape[1], 1, RANDOM_SIZE, RANDOM_SIZE))
     maps = {"random latents": fitted([random], [decoded(pipe, random)]), "these videos": fitted(latents, colours)}
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        pipe.preview(latents[0])
-        times.append(time.perf_counter() - start)
+    times = [seconds(lambda: pipe.preview(latents[0])) for _ in range(ROUNDS)]
     result = {
-        "machine": describe_machine(),
         "preview": likeness([pipe.preview(item)[0] / 255 for item in latents], colours),
         **{
             f"linear map fitted to {name}": likeness([columns(item) @ solution for item in latents], colours)
@@ -91,10 +85,7 @@ def main() -> None:
         },
         "seconds of a preview": statistics.median(times),
     }
-    text = json.dumps(result, indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(result, options.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Start-up: import cost, and process start to finished video against diffusers.
+"""Start-up: import cost, and process start to the first denoised step and to the finished video, against diffusers.
 
     python -m t2v_rt.benchmarks.startup --engines build/demo --checkpoint demo/bouncing-shapes
 
@@ -13,11 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import finish
+from t2v_rt.benchmarks.timing import alternate
 
 PROMPT = "a red ball bouncing on a blue background"
 OURS = "from t2v_rt import TextToVideoPipeline"
@@ -25,11 +26,11 @@ LIBRARIES = "import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'; import numpy,
 DIFFUSERS = """
 import sys
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from t2v_rt.runtime.video import open_writer
 checkpoint, output, prompt, size = sys.argv[1], sys.argv[2], sys.argv[3], [int(v) for v in sys.argv[4:]]
 height, width, count, steps, fps = size
-pipe = WanPipeline.from_pretrained(checkpoint)
+pipe = DiffusionPipeline.from_pretrained(checkpoint)
 pipe.set_progress_bar_config(disable=True)
 frames = pipe(prompt, height=height, width=width, num_frames=count, num_inference_steps=steps,
               generator=torch.Generator("cpu").manual_seed(0)).frames[0]
@@ -37,21 +38,32 @@ with open_writer(output, fps=fps, width=width, height=height, num_frames=count, 
     for frame in (frames * 255).round().astype("uint8"):
         writer.write(frame)
 """
-
-
-def seconds(command: Sequence[str]) -> float:
-    """Wall time of a process that must succeed."""
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
+FIRST_STEP = """
+import sys
+from t2v_rt import TextToVideoPipeline
+bundle, prompt = sys.argv[1:]
+pipe = TextToVideoPipeline.from_pretrained(bundle, prompt_cache=False)
+pipe(prompt, seed=0, callback_on_step_end=lambda *_: sys.exit())
+"""
+DIFFUSERS_FIRST_STEP = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+checkpoint, prompt, size = sys.argv[1], sys.argv[2], [int(v) for v in sys.argv[3:]]
+height, width, count, steps = size
+pipe = DiffusionPipeline.from_pretrained(checkpoint)
+pipe.set_progress_bar_config(disable=True)
+pipe(prompt, height=height, width=width, num_frames=count, num_inference_steps=steps,
+     callback_on_step_end=lambda *_: sys.exit())
+"""
 
 
 def compare(first: Sequence[str], second: Sequence[str], rounds: int) -> dict[str, object]:
-    """Runs two commands in turn; medians in seconds, and second over first."""
-    seconds(first), seconds(second)  # the first runs fill the disk cache
-    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
-    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
-    return {"seconds": pairs, "medians": medians, "ratio": medians[1] / medians[0]}
+    """Runs two commands in turn, after one run of each that fills the disk cache; medians, and second over first."""
+    run = partial(subprocess.run, check=True, capture_output=True)
+    times = alternate({"first": partial(run, first), "second": partial(run, second)}, rounds)
+    medians = [statistics.median(values) for values in times.values()]
+    return {"seconds": list(zip(*times.values(), strict=True)), "medians": medians, "ratio": medians[1] / medians[0]}
 
 
 def python(code: str, *arguments: str) -> list[str]:
@@ -59,7 +71,7 @@ def python(code: str, *arguments: str) -> list[str]:
 
 
 def measure(engines: Path, checkpoint: Path, rounds: int) -> dict[str, object]:
-    """All figures, with the machine's name."""
+    """All figures."""
     defaults = json.loads((engines / "bundle.json").read_text(encoding="utf-8"))["defaults"]
     size = [str(int(defaults[key])) for key in ("height", "width", "num_frames", "num_inference_steps", "fps")]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,10 +79,14 @@ def measure(engines: Path, checkpoint: Path, rounds: int) -> dict[str, object]:
         ours += ["--output", f"{folder}/ours.mp4", "--seed", "0"]
         theirs = python(DIFFUSERS, str(checkpoint), f"{folder}/theirs.mp4", PROMPT, *size)
         video = compare(ours, theirs, rounds)
+    ours, theirs = (
+        python(FIRST_STEP, str(engines), PROMPT),
+        python(DIFFUSERS_FIRST_STEP, str(checkpoint), PROMPT, *size[:4]),
+    )
     return {
-        "machine": describe_machine(),
         "import: libraries, then t2v_rt": compare(python(LIBRARIES), python(OURS), rounds),
         "process start to finished demo video: t2v_rt, then diffusers": video,
+        "process start to first denoised step: t2v_rt, then diffusers": compare(ours, theirs, rounds),
     }
 
 
@@ -81,10 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each command")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    text = json.dumps(measure(options.engines, options.checkpoint, options.rounds), indent=1)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    finish(measure(options.engines, options.checkpoint, options.rounds), options.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ stages, the PSNR is that of the cached video against the uncached one, all frame
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from t2v_rt import TextToVideoPipeline
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import FOLDER, write
 from t2v_rt.plots import as_svg, new_figure
 
 PROMPTS = (
@@ -29,7 +28,7 @@ PROMPTS = (
     "白色背景上有一个蓝色的球在向右移动",
 )
 THRESHOLDS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
-RESULTS = Path(__file__).parent / "results" / "step_cache.json"
+RESULTS = FOLDER / "step_cache.json"
 
 
 def measure(pipe: TextToVideoPipeline, threshold: float, steps: int, rounds: int) -> dict[str, Any]:
@@ -89,13 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
     report = {
-        "machine": describe_machine(),
         "bundle_id": pipe.manifest.bundle_id,
         "steps": options.num_inference_steps,
         "prompts": PROMPTS,
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(RESULTS, report)
     if options.plot:
         Path(options.plot).write_bytes(plot(report))
 

@@ -9,7 +9,6 @@ it, amplified. Memory is that of a process that decodes random latents.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt import TextToVideoPipeline
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import FOLDER, finish
 from t2v_rt.runtime.frames import denormalize
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.video.images import contact_sheet, write_png
@@ -26,7 +25,7 @@ from t2v_rt.system.resources import peak_rss_bytes
 
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "tiles.json", ROOT / "docs" / "tiles.png"
+RESULTS, PICTURE = FOLDER / "tiles.json", ROOT / "docs" / "tiles.png"
 COLOURS, SHAPES = ("red", "green", "yellow"), ("ball", "square", "triangle", "star")
 ROWS, COLUMNS = 23, 31  # of latents, which no grid below divides evenly
 GRIDS = ("1x2", "2x1", "2x2", "3x2", "2x3", "3x3", "3x4", "4x3")
@@ -93,7 +92,6 @@ def main() -> None:
     whole = frames["1x1"]
     theirs, tiled = blended(options.checkpoint, denormalize(pipe.manifest.model.latents, latents))
     report = {
-        "machine": describe_machine(),
         "frames": list(whole.shape),
         "largest_difference": {grid: largest(frames[grid], whole) for grid in GRIDS},
         "diffusers_largest_difference": largest(tiled, theirs),
@@ -103,11 +101,10 @@ def main() -> None:
             f"{SIDE}x{SIDE}, {count} frames, {grid}": memory(options.bundle, count, grid) for count, grid in DECODED
         },
     }
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     changes = [AMPLIFIED * np.abs(a - b) for a, b in ((tiled, theirs), (frames["3x4"], whole))]
     images = [(image[-1].clip(0, 1) * 255).round().astype(np.uint8) for image in (whole, *changes)]
     write_png(PICTURE, contact_sheet(np.stack(images), len(images)))
-    print(json.dumps(report))
+    finish(report, RESULTS)
 
 
 if __name__ == "__main__":

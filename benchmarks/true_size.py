@@ -18,14 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.process_tree import measure
+from t2v_rt.benchmarks.results import FOLDER, read, with_machine, write
+from t2v_rt.benchmarks.timing import alternate
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.contract import Feeds
@@ -35,7 +37,7 @@ from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.pipeline import TextToVideoPipeline
 
 Array = NDArray[np.float32]
-RESULTS = Path(__file__).parent / "results" / "true_size.json"
+RESULTS = FOLDER / "true_size.json"
 SIZE = ("--height", "480", "--width", "832", "--num-frames", "81")
 BUDGETS = ("8GB", "6GB", "4GB", "2.5GB")  # the last for the VAE at its smallest
 PROMPT_TOKENS = 40
@@ -127,25 +129,23 @@ def lengths(bundle: Path) -> dict[str, Any]:
     padded = manifest.model.text.length
     rng = np.random.default_rng(0)
     with get_backend(manifest.backend).load(bundle, "text_encoder", part) as component:
+        feeds: dict[int, Feeds] = {
+            length: {
+                "hidden_states": rng.standard_normal((1, length, manifest.model.text.dim), np.float32),
+                "relative_buckets": _buckets(pipe, length),
+            }
+            for length in (*LENGTHS, padded)
+        }
 
-        def run(length: int) -> float:
-            states = rng.standard_normal((1, length, manifest.model.text.dim), np.float32)
-            feeds: Feeds = {"hidden_states": states, "relative_buckets": _buckets(pipe, length)}
-            start = time.perf_counter()
-            component[role].infer(feeds)
-            return time.perf_counter() - start
+        def run(length: int) -> object:
+            return component[role].infer(feeds[length])
 
         return {f"{length}": _in_turn(run, length, padded) for length in LENGTHS}
 
 
-def _in_turn(run: Callable[[int], float], length: int, padded: int) -> dict[str, float]:
-    times: dict[int, list[float]] = {length: [], padded: []}
-    for size in times:
-        run(size)  # the first call of a size allocates
-    for _ in range(ROUNDS):
-        for size, seconds in times.items():
-            seconds.append(run(size))
-    own, whole = (statistics.median(seconds) for seconds in times.values())
+def _in_turn(run: Callable[[int], object], length: int, padded: int) -> dict[str, float]:
+    ways = {str(size): partial(run, size) for size in (length, padded)}
+    own, whole = (statistics.median(times) for times in alternate(ways, ROUNDS).values())
     return {"own_seconds": own, "padded_seconds": whole, "ratio": whole / own}
 
 
@@ -161,9 +161,8 @@ def relative(found: Array, expected: Array) -> float:
 
 def store(part: str, report: Mapping[str, Any], path: Path = RESULTS) -> None:
     """Puts a part into the results, with the machine it was measured on."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    results = {**results, "machine": describe_machine(), part: report}
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    found = read(path) if path.is_file() else {}
+    write(path, with_machine({**found, part: report}))
 
 
 def main() -> None:

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.benchmarks.families.wan import FAMILY
 from t2v_rt.benchmarks.process_tree import measure
+from t2v_rt.benchmarks.timing import seconds
 from t2v_rt.benchmarks.true_size import relative, store
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.frames import denormalize
@@ -70,21 +72,19 @@ def networks(checkpoint: Path, bundle: Path) -> dict[str, Any]:
 
 def _reference_prediction(checkpoint: Path, latents: Array, embeds: Array) -> Array:
     import torch
-    from diffusers import WanTransformer3DModel
 
-    network = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=torch.float32)
+    network = FAMILY.denoiser(checkpoint, torch.float32)
     with torch.no_grad():
-        tensors = torch.from_numpy(latents), torch.tensor([TIMESTEP]), torch.from_numpy(embeds)
-        result: Array = network(*tensors, return_dict=False)[0].numpy()
+        prediction = FAMILY.predict(network, torch.from_numpy(latents), TIMESTEP, torch.from_numpy(embeds))
+    result: Array = prediction.numpy()
     return result
 
 
 def _reference_frames(checkpoint: Path, latents: Array) -> Array:
     """Frames (f, 3, H, W) in [-1, 1]."""
     import torch
-    from diffusers import AutoencoderKLWan
 
-    network = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+    network = FAMILY.vae(checkpoint, torch.float32)
     with torch.no_grad():
         result: Array = network.decode(torch.from_numpy(latents)).sample[0].transpose(0, 1).numpy()
     return result
@@ -111,20 +111,19 @@ def tell_opening(bundle: str) -> None:
     latents = Generator(0).randn(model.latent_shape(1, SIDE, SIDE, FRAMES))
     embeds = np.zeros((1, model.text.length, model.text.dim), np.float32)
     embeds[:, :TOKENS] = 1.0
-    seconds = []
-    for _ in range(1 + CALLS):
-        start = time.perf_counter()
-        Denoiser(pipe.stages.components.get("transformer"), pipe.stages.text, Prompts(embeds, None), False).predict(
-            latents, TIMESTEP, 1
-        )
-        seconds.append(time.perf_counter() - start)
-    steady = statistics.median(seconds[1:])
+
+    def predict() -> object:
+        component = pipe.stages.components.get("transformer")
+        return Denoiser(component, pipe.stages.text, Prompts(embeds, None), False).predict(latents, TIMESTEP, 1)
+
+    first, *later = [seconds(predict) for _ in range(1 + CALLS)]
+    steady = statistics.median(later)
     report = {
         "seconds": opened,
         "rss_bytes_before_the_first_call": memory,
-        "first_denoiser_call_seconds": seconds[0],
+        "first_denoiser_call_seconds": first,
         "steady_denoiser_call_seconds": steady,
-        "first_minus_steady_seconds": seconds[0] - steady,
+        "first_minus_steady_seconds": first - steady,
         "peak_rss_bytes": peak_rss_bytes(),
     }
     print(json.dumps(report))

@@ -1,6 +1,6 @@
 """What one step of each sampler costs beside diffusers' on the same machine, on the latents of a 832x480x81 video.
 
-    python -m tests.support.scheduler_cost
+    python -m t2v_rt.benchmarks.scheduler_cost
 
 torch runs on one thread, noise is drawn beforehand, both are called in turn, and the ratio is the median of all steps
 but the first two. Memory is the largest that one step allocates over the size of the latents.
@@ -9,10 +9,9 @@ but the first two. Memory is the largest that one step allocates over the size o
 from __future__ import annotations
 
 import importlib
-import json
-import time
+import itertools
+import statistics
 import tracemalloc
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,13 +19,14 @@ import diffusers
 import numpy as np
 import torch
 
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks.results import FOLDER, write
+from t2v_rt.benchmarks.timing import alternate, ratio
 from t2v_rt.runtime.schedulers import MODULES, scheduler_class
 from t2v_rt.runtime.schedulers import base as scheduler_base
 
 SHAPE = (1, 16, 21, 60, 104)
-STEPS, TIMED = 20, 14
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "scheduler_cost.json"
+STEPS, TIMED, WARMUPS = 20, 12, 2
+RESULTS = FOLDER / "scheduler_cost.json"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in sorted(MODULES)),
@@ -47,35 +47,36 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     ours.set_timesteps(STEPS)
     theirs.set_timesteps(STEPS)
     module = importlib.import_module(type(theirs).__module__)
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    old_x0 = None
+    mine, other = itertools.count(), itertools.count()
+    kept: list[Any] = [None]  # what one class takes from step to step
+
+    def our_step() -> None:
+        ours.step(m, ours.timesteps[next(mine)], x)
+
+    def their_step() -> None:
+        i = next(other)
+        t = theirs.timesteps[i]
+        if name == "CogVideoXDPMScheduler":
+            _, kept[0] = theirs.step(tm, kept[0], t, theirs.timesteps[i - 1] if i else None, tx)
+        else:
+            theirs.step(tm, t, tx)
+
     with (
         mock.patch.object(scheduler_base, "randn_for", return_value=noise),
         mock.patch.object(module, "randn_tensor", return_value=tnoise, create=True),
     ):
-        for i in range(TIMED):
-            start = time.perf_counter()
-            ours.step(m, ours.timesteps[i], x)
-            between = time.perf_counter()
-            t = theirs.timesteps[i]
-            if name == "CogVideoXDPMScheduler":
-                _, old_x0 = theirs.step(tm, old_x0, t, theirs.timesteps[i - 1] if i else None, tx)
-            else:
-                theirs.step(tm, t, tx)
-            seconds["ours"].append(between - start)
-            seconds["theirs"].append(time.perf_counter() - between)
+        times = alternate({"ours": our_step, "torch": their_step}, TIMED, WARMUPS)
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
-        ours.step(m, ours.timesteps[TIMED], x)
+        our_step()
         peak = tracemalloc.get_traced_memory()[1] - before
         tracemalloc.stop()
-    pairs = np.array([seconds["ours"][2:], seconds["theirs"][2:]])
     return {
         "class": name,
         "settings": settings,
-        "ms": round(float(np.median(pairs[0])) * 1e3, 2),
-        "torch_ms": round(float(np.median(pairs[1])) * 1e3, 2),
-        "ratio": round(float(np.median(pairs[0] / pairs[1])), 2),
+        "ms": round(statistics.median(times["ours"]) * 1e3, 2),
+        "torch_ms": round(statistics.median(times["torch"]) * 1e3, 2),
+        "ratio": round(ratio(times["ours"], times["torch"])["median"], 2),
         "allocated": round(peak / x.nbytes, 2),
     }
 
@@ -93,8 +94,7 @@ def main() -> None:
             f"allocated {row['allocated']:.2f}  {settings}",
             flush=True,
         )
-    report = {"machine": describe_machine(), "shape": SHAPE, "torch": torch.__version__, "steps": rows}
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    write(RESULTS, {"shape": SHAPE, "torch": torch.__version__, "steps": rows})
 
 
 if __name__ == "__main__":
