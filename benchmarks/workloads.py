@@ -19,7 +19,7 @@ from t2v_rt.errors import RequestError
 from t2v_rt.runtime.noise import Generator
 
 Array = NDArray[np.float32]
-CALL, DENOISER, ENCODER, CHUNK = "call", "denoiser", "encoder", "vae-chunk"  # kinds of work
+CALL, DENOISER, ENCODER, CHUNK, DECODE = "call", "denoiser", "encoder", "vae-chunk", "decode"  # kinds of work
 PROMPT_TOKENS = 40  # of a denoiser call's text: a long sentence
 TIMESTEP = 500.0
 CHUNKS = 2  # of the latents of a VAE chunk: the first prepares the states, the second is measured
@@ -30,7 +30,7 @@ class Workload:
     """A kind of work at a size.
 
     Args:
-        kind: `call`, `denoiser`, `encoder` or `vae-chunk`.
+        kind: `call`, `denoiser`, `encoder`, `vae-chunk` or `decode`.
         text: what it is, for the report.
         size: height, width and frames of the video; None for the request's.
     """
@@ -45,6 +45,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "denoiser": Workload(DENOISER, "one prediction of the denoiser, 40 tokens of text"),
     "encoder": Workload(ENCODER, "the prompt to embeddings"),
     "vae-chunk": Workload(CHUNK, "one later chunk of the VAE decoder"),
+    "decode": Workload(DECODE, "the latents of a video to its frames"),
     "denoiser-256x256x9": Workload(DENOISER, "one prediction of the denoiser, 40 tokens of text", (256, 256, 9)),
     "denoiser-384x256x17": Workload(DENOISER, "one prediction of the denoiser, 40 tokens of text", (256, 384, 17)),
     "denoiser-480x480x17": Workload(DENOISER, "one prediction of the denoiser, 40 tokens of text", (480, 480, 17)),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.benchmarks.families import ReferenceFamily, reference_family
 from t2v_rt.benchmarks.peers import Runner, Times
-from t2v_rt.benchmarks.workloads import CALL, DENOISER, ENCODER, TIMESTEP, Job
+from t2v_rt.benchmarks.workloads import CALL, CHUNK, DECODE, DENOISER, ENCODER, TIMESTEP, Job
 from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.runtime.frames import denormalize
@@ -59,8 +59,7 @@ class DiffusersPeer:
         model = open_bundle(job.bundle).manifest.model
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = Settings(job, model, reference_family(model), getattr(torch, self.dtype), device, self.compiled)
-        kind = {CALL: CallRunner, DENOISER: DenoiserRunner, ENCODER: EncoderRunner}.get(job.kind, ChunkRunner)
-        return kind(settings)
+        return RUNNERS[job.kind](settings)
 
 
 @dataclass(frozen=True)
@@ -213,6 +212,28 @@ class ChunkRunner(DiffusersRunner):
         return (frames.float() * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
 
 
+class DecodeRunner(DiffusersRunner):
+    """The latents of a video to its frames."""
+
+    def load(self) -> None:
+        settings = self.settings
+        self.vae = settings.family.vae(settings.checkpoint, settings.dtype).to(settings.device).eval()
+        if settings.compiled:
+            self.vae.decoder = self.torch.compile(self.vae.decoder)
+        self.whole = settings.tensor(denormalize(settings.model.latents, self.latents))
+
+    def work(self) -> Any:
+        frames = self.vae.decode(self.whole, return_dict=False)[0]
+        return (frames.float() * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+
+
+RUNNERS: Mapping[str, type[DiffusersRunner]] = {
+    CALL: CallRunner,
+    DENOISER: DenoiserRunner,
+    ENCODER: EncoderRunner,
+    CHUNK: ChunkRunner,
+    DECODE: DecodeRunner,
+}
 EAGER = DiffusersPeer("float32", False, FLOAT32)
 COMPILED = DiffusersPeer("float32", True, FLOAT32)
 EAGER_BF16 = DiffusersPeer("bfloat16", False, BFLOAT16)

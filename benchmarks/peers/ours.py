@@ -18,7 +18,7 @@ from t2v_rt.benchmarks.peers import Runner, Times
 from t2v_rt.benchmarks.recorder import ENGINE, Event, RecordedBackend, Recorder, Sizes, recorded_scheduler
 from t2v_rt.benchmarks.stage_times import stage_times
 from t2v_rt.benchmarks.timing import seconds
-from t2v_rt.benchmarks.workloads import CALL, DENOISER, ENCODER, TIMESTEP, Job
+from t2v_rt.benchmarks.workloads import CALL, CHUNK, DECODE, DENOISER, ENCODER, TIMESTEP, Job
 from t2v_rt.engines.backends import Backend, backend_of
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
@@ -74,8 +74,7 @@ class PipelinePeer:
         pipe = TextToVideoPipeline(bundle, backend)
         opened = time.perf_counter() - start
         pipe.scheduler = recorded_scheduler(pipe.scheduler, recorder)
-        kind = {CALL: CallRunner, DENOISER: DenoiserRunner, ENCODER: EncoderRunner}.get(job.kind, ChunkRunner)
-        return kind(pipe, job, recorder, opened)
+        return RUNNERS[job.kind](pipe, job, recorder, opened)
 
 
 class PipelineRunner:
@@ -249,4 +248,18 @@ class ChunkRunner(PipelineRunner):
         return denormalize(self.pipe.manifest.model.latents, self.latents[:, :, part])
 
 
+class DecodeRunner(PipelineRunner):
+    """The latents of a video to its frames, of which all are held, as a call does."""
+
+    def work(self) -> NDArray[np.float32]:
+        return np.concatenate(list(self.pipe.decode(self.latents, self.recorder.mark)))
+
+
+RUNNERS: Mapping[str, type[PipelineRunner]] = {
+    CALL: CallRunner,
+    DENOISER: DenoiserRunner,
+    ENCODER: EncoderRunner,
+    CHUNK: ChunkRunner,
+    DECODE: DecodeRunner,
+}
 OURS = PipelinePeer()
