@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from docs.api import MODULES
+from t2v_rt.benchmarks.options import BenchOptions
 from t2v_rt.build import build_engines
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.cli import make_parser
@@ -41,7 +42,7 @@ ELSEWHERE = re.compile(
 FRAGMENT = re.compile(r"(of|that|which|than|and|or|with|for|by|as|to)\b")  # begins the rest of a sentence
 DATACLASSES = (
     *(BuildOptions, BuildCommand, CallOptions, CallArrays, CallHooks, BackendOptions),
-    *(GenerateOptions, EncodeOptions, PlanOptions, VerifyOptions),
+    *(GenerateOptions, EncodeOptions, PlanOptions, VerifyOptions, BenchOptions),
 )
 
 
@@ -141,6 +142,7 @@ def test_calls_take_all_options_and_tell_their_texts() -> None:
         ("encode", EncodeOptions),
         ("plan", PlanOptions),
         ("verify", VerifyOptions),
+        ("bench", BenchOptions),
     ],
 )
 def test_the_parser_has_each_option_of_the_dataclass(command: str, options: type) -> None:

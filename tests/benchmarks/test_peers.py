@@ -41,7 +41,7 @@ def test_a_run_gives_the_same_again(narrow: Tiny, kind: str) -> None:
     for _ in range(2):
         runner.prepare()
         results.append(runner.run())
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
     assert results[0].dtype == np.float32
     assert runner.facts()["engine_calls"]
     runner.close()
