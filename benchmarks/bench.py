@@ -16,7 +16,7 @@ from t2v_rt.benchmarks import bounds
 from t2v_rt.benchmarks.cards import CardMemory
 from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.options import BenchOptions
-from t2v_rt.benchmarks.peers import OURS, peer
+from t2v_rt.benchmarks.peers import OURS, YARDSTICK, peer
 from t2v_rt.benchmarks.stage_times import COUNTED
 from t2v_rt.benchmarks.timing import as_json, ratio, summarize
 from t2v_rt.benchmarks.worker import Worker, result_file
@@ -34,6 +34,8 @@ CONVENTIONS = (
     "Latency is that of one video after another (MLPerf's SingleStream, whose figure is p90, and fixed latents, are "
     "followed; this is no MLPerf result). Throughput is runs over the time that they took.",
     "Results are compared before times: where they are further apart than the precision explains, no ratio is told.",
+    "Beside each round a yardstick is taken, a few matrix products of one thread: it tells how much of the machine "
+    "could be had, and compare takes it into account.",
     "Nothing that a call made is reused by the next one: prompt embeddings are forgotten before each run.",
 )
 Progress = Callable[[str, int, int], None]
@@ -92,6 +94,7 @@ class Measurement:
         self.missing: dict[str, str] = {}
         self.first: dict[str, dict[str, Any]] = {}
         self.runs: dict[str, list[dict[str, Any]]] = {}
+        self.measured: list[float] = []  # of the yardstick
 
     def run(self) -> dict[str, Any]:
         """Measures, and reports."""
@@ -120,6 +123,7 @@ class Measurement:
             "throughput": self._throughput(taken),
             "card": None if card.peak_bytes is None else {"peak": card.peak_bytes, "before": card.before_bytes},
             "plan": ours.get("plan"),
+            "yardstick": self.measured,
             "rates": rates,
             "bounds": {"missing": why} if counted is None else {"rows": bounds.shares(counted, before)},
         }
@@ -141,6 +145,7 @@ class Measurement:
     def _open(self, stack: ExitStack) -> dict[str, Worker]:
         """The processes, t2v-rt's first; peers that cannot be had are taken down with the reason."""
         workers = {}
+        self.yardstick = stack.enter_context(Worker(YARDSTICK, self.job, dict.fromkeys(bounds.THREADS, "1")))
         settings = {} if self.job.threads is None else dict.fromkeys(bounds.THREADS, str(self.job.threads))
         for name in (OURS, *self.options.peer):
             try:
@@ -185,10 +190,11 @@ class Measurement:
         options = self.options
         self.runs = {name: [] for name in workers}
         for _ in range(options.warmup):
-            for worker in workers.values():
+            for worker in (self.yardstick, *workers.values()):
                 worker.ask("run")
         start, done = time.perf_counter(), 0
         while done < options.runs or time.perf_counter() - start < (options.duration or 0):
+            self.measured.append(self.yardstick.ask("run")["seconds"])
             for name, worker in workers.items():
                 self.runs[name].append(worker.ask("run"))
             done += 1

@@ -1,8 +1,8 @@
 """Two results side by side: whether each stage became slower, and by more than chance and this machine explain.
 
 A verdict needs three things: the medians of the runs are apart by more than `FLOOR`, by more than three times their
-joint standard error, and by more than a share of the whole call that somebody would notice. Where the machine's own
-rate, which both results hold, was another one meanwhile, that difference counts as chance too.
+joint standard error, and by more than a share of the whole call that somebody would notice. Where the machine itself
+was slower meanwhile, as the yardstick that was taken beside each round tells, that difference counts as chance too.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _notes(before: Mapping[str, Any], after: Mapping[str, Any], unlike: Sequence
 def _times(workload: str, old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     stages = [side["runners"][name]["stages"] for side in (old, new)]
     whole = median(run[0] for run in stages[0]["run"]["runs"])
-    drift = _drift(old["rates"], new["rates"])
+    drift = _drift(old["yardstick"], new["yardstick"])
     rows = []
     for stage in stages[0]:
         if stage in stages[1]:
@@ -114,10 +114,10 @@ def judge(before: Sequence[float], after: Sequence[float], drift: float, noticed
     return {"before": old, "after": new, "ratio": relation, "threshold": threshold, "verdict": verdict}
 
 
-def _drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
-    """By how much the machine's own rates differ, between both results and within each."""
-    rates = [side[when]["matmul_gflops"] for side in (old, new) for when in ("before", "after")]
-    return float(max(rates) / min(rates) - 1)
+def _drift(old: Sequence[float], new: Sequence[float]) -> float:
+    """By how much the yardsticks differ."""
+    medians = sorted((median(old), median(new)))
+    return medians[1] / medians[0] - 1
 
 
 def _memory(workload: str, old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> list[dict[str, Any]]:

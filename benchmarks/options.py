@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from t2v_rt.benchmarks.peers import OURS, PEERS
+from t2v_rt.benchmarks.peers import OTHERS
 from t2v_rt.benchmarks.workloads import Job, Workload, workload
 from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.errors import RequestError
@@ -69,9 +69,8 @@ class BenchOptions(BackendOptions):
         if self.duration is not None and (duration is None or duration <= 0):
             raise RequestError(f"duration is {self.duration!r}; expected seconds, more than 0")
         for name in self.peer:
-            if name not in PEERS or name == OURS:
-                known = ", ".join(known for known in PEERS if known != OURS)
-                raise RequestError(f"peer {name!r} is unknown; expected one of {known}")
+            if name not in OTHERS:
+                raise RequestError(f"peer {name!r} is unknown; expected one of {', '.join(OTHERS)}")
         for name in self.workload:
             workload(name)
         object.__setattr__(self, "peer", tuple(dict.fromkeys(self.peer)))

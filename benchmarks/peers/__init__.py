@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from t2v_rt.benchmarks.workloads import Job
 from t2v_rt.errors import RequestError
 
-OURS = "t2v-rt"
+OURS, YARDSTICK = "t2v-rt", "yardstick"
 PEERS: Mapping[str, str] = {
     OURS: "t2v_rt.benchmarks.peers.ours:OURS",
     "openvino": "t2v_rt.benchmarks.peers.openvino_graphs:OPENVINO",
@@ -25,7 +25,9 @@ PEERS: Mapping[str, str] = {
     "diffusers-bf16": "t2v_rt.benchmarks.peers.diffusers_pipeline:EAGER_BF16",
     "diffusers-bf16-compiled": "t2v_rt.benchmarks.peers.diffusers_pipeline:COMPILED_BF16",
     "stable-diffusion.cpp": "t2v_rt.benchmarks.peers.stable_diffusion_cpp:PEER",
+    YARDSTICK: "t2v_rt.benchmarks.peers.yardstick:YARDSTICK",
 }
+OTHERS = tuple(name for name in PEERS if name not in (OURS, YARDSTICK))  # that may be asked for
 Times = Mapping[str, Sequence[float]]
 
 
