@@ -159,20 +159,15 @@ def allocations(runner: Runner) -> dict[str, int]:
         size = result.nbytes
         _, peak = tracemalloc.get_traced_memory()
         del result
-        runner.stages()  # which lets go of what the run took down
-        first = _left(runner)
-        second = _left(runner)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+        runner.prepare()
+        runner.run()
+        gc.collect()
+        left = tracemalloc.get_traced_memory()[0] - held  # by one more run
     finally:
         tracemalloc.stop()
-    return {"most_bytes": peak, "result_bytes": size, "left_bytes": second - first}
-
-
-def _left(runner: Runner) -> int:
-    """Bytes that are held after one more run."""
-    runner.prepare()
-    runner.run()
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0]
+    return {"most_bytes": peak, "result_bytes": size, "left_bytes": left}
 
 
 def reopen(runner: Runner, name: str, job: Job) -> float:
