@@ -108,7 +108,7 @@ def component_options(
             slices = 1
             if name == "transformer":
                 fixed["text"], slices = model.text.length, _slices(model, profiles, ffn_dim)
-            graph_options.setdefault(name, {})[role] = GraphOptions(fixed, slices, float32_matmul)
+            graph_options.setdefault(name, {})[role] = GraphOptions(fixed, slices, float32_matmul, accumulation="fp32")
     return graph_options
 
 
