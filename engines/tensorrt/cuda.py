@@ -66,6 +66,11 @@ def load_cuda(extra: str) -> Any:
         ) from exc
 
 
+def device_key(index: int) -> str:
+    """A GPU's name among all that this process sees, whatever library works on it."""
+    return f"cuda:{index}"
+
+
 def explain_no_device(code: int, driver: int, runtime: int) -> str:
     """Why there is no GPU to use, and what to do.
 
@@ -114,21 +119,29 @@ def find_device(runtime: Any, index: int = 0) -> DeviceInfo:
     )
 
 
-def card_bytes(extra: str) -> int | None:
-    """Memory of the GPU in all, for a library that works on it and does not tell; None, and why once, if unknown.
+def card_bytes(extra: str, index: int = 0) -> tuple[int | None, int | None]:
+    """Memory of a GPU, for a library that works on it and does not tell; None, and why once, where it is unknown.
 
     Args:
         extra: of t2v-rt that holds cuda-bindings.
+        index: of the GPU.
+
+    Returns:
+        (free now, in all).
 
     Raises:
         BackendError: the GPU is that of the process that this one was forked from.
     """
     forked.claim_gpu()
     try:
-        return find_device(load_cuda(extra)).memory_bytes
+        runtime = load_cuda(extra)
+        total = find_device(runtime, index).memory_bytes
+        call(runtime, runtime.cudaSetDevice, index)
+        free, _ = call(runtime, runtime.cudaMemGetInfo)
+        return int(free), total
     except (BackendError, EngineError) as exc:
         _tell_unknown(str(exc))
-        return None
+        return None, None
 
 
 @cache
@@ -184,6 +197,11 @@ class Cuda:
         """Leaves the stream to the parent; see `t2v_rt.system.forked`."""
         self._stream_end.detach()
 
+    @property
+    def key(self) -> str:
+        """The GPU's name among all that this process sees."""
+        return device_key(self._index)
+
     def activate(self) -> None:
         """Makes this GPU the calling thread's."""
         self._call(self._rt.cudaSetDevice, self._index)
@@ -193,6 +211,12 @@ class Cuda:
         self._call(self._rt.cudaStreamSynchronize, self.stream)
 
     # -- memory ------------------------------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int:
+        """What the GPU has free now, whoever holds the rest."""
+        self.activate()
+        free, _ = self._call(self._rt.cudaMemGetInfo)
+        return int(free)
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Memory on the GPU, not cleared; raises OutOfMemoryError."""
