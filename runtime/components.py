@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -19,8 +19,8 @@ from t2v_rt.system import forked
 class Components:
     """The loaded components of an opened bundle; safe to share between threads.
 
-    What a run keeps loaded is for its own plan to say, for as long as it is on its way: where its plan releases each
-    stage, a component goes when that stage ends, unless another stage uses it or another running plan keeps it.
+    What a run keeps loaded is for its own plan to say, for as long as it is on its way: a component that its plan does
+    not keep goes when its stage ends, unless another stage uses it or another running plan keeps it.
 
     Args:
         bundle: the opened bundle.
@@ -32,13 +32,13 @@ class Components:
         self._backend = backend
         self._loaded: dict[str, Component] = {}
         self._users: Counter[str] = Counter()  # stages that are using a component now
-        self._runs: Counter[bool] = Counter()  # runs on their way whose plans keep what is loaded, and others
+        self._keepers: Counter[str] = Counter()  # runs on their way whose plans keep a component loaded
         self._lock = threading.RLock()
         forked.watch(self)
 
     def after_fork(self) -> None:
         """Leaves the engines to the parent; the next use loads them again. See `t2v_rt.system.forked`."""
-        self._loaded, self._users, self._runs, self._lock = {}, Counter(), Counter(), threading.RLock()
+        self._loaded, self._users, self._keepers, self._lock = {}, Counter(), Counter(), threading.RLock()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -47,15 +47,16 @@ class Components:
 
     @contextmanager
     def following(self, plan: MemoryPlan) -> Iterator[None]:
-        """Keeps what is loaded while a run with such a plan is on its way, where the plan says so."""
+        """Keeps loaded what a plan says, while a run with it is on its way; what no such run keeps goes at once."""
         with self._lock:
-            runs = self._runs  # a child that is forked in the block counts anew; so below
-            runs[plan.resident] += 1
+            keepers = self._keepers  # a child that is forked in the block counts anew; so below
+            keepers.update(plan.kept)
         try:
+            self.release_idle()
             yield
         finally:
             with self._lock:
-                runs[plan.resident] -= 1
+                keepers.subtract(plan.kept)
 
     def get(self, name: str) -> Component:
         """A component's engines, loaded at the first use, and tested at the first on this device."""
@@ -80,11 +81,10 @@ class Components:
 
         Args:
             name: of the component.
-            plan: of the run. Where it keeps nothing loaded, what nobody uses is released before the stage, and the
-                component after it, also after an error.
+            plan: of the run. What it does not keep, and nobody uses, is released before the stage, and the component
+                after it, also after an error.
         """
-        if not plan.resident:
-            self.release_idle(but=name)
+        self.release_idle(but={*plan.kept, name})
         files = self.bundle.component_files(name)
         with self._lock:  # which nobody can release between its loading and its use
             component, users = self.get(name), self._users
@@ -96,14 +96,12 @@ class Components:
         finally:
             with self._lock:
                 users[name] -= 1
-            if not plan.resident:
-                self.release_idle()
+            self.release_idle(but=plan.kept)
 
     def engines(self, name: str, plan: MemoryPlan) -> Generator[Engine, None, None]:
-        """A component's engines in the order they run, all of them loaded or, where a plan streams them, one by one."""
-        if plan.streamed and name not in self._loaded:
-            if not plan.resident:
-                self.release_idle()
+        """A component's engines in the order they run: all of them loaded or, where no plan keeps them, one by one."""
+        self.release_idle(but=plan.kept)
+        if name not in plan.kept and not self._keepers[name] and name not in self._loaded:
             spec = self.bundle.manifest.components[name]
             shards = partial(load_shards, self._backend, self.bundle.folder, name, spec)
             with self.bundle.held(self.bundle.component_files(name)):
@@ -114,11 +112,11 @@ class Components:
         with self.stage(name, plan) as component:
             yield from component.engines.values()
 
-    def release_idle(self, but: str = "") -> None:
-        """Closes what no stage uses, but for one component, unless a running plan keeps it."""
+    def release_idle(self, but: Collection[str] = ()) -> None:
+        """Closes what no stage uses and no running plan keeps, but for some components."""
         with self._lock:
-            idle = [] if self._runs[True] else [name for name in self._loaded if name != but and not self._users[name]]
-            components = [self._loaded.pop(name) for name in idle]
+            held = {*but, *(+self._users), *(+self._keepers)}
+            components = [self._loaded.pop(name) for name in [*self._loaded] if name not in held]
         for component in components:
             component.close()
 
