@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Of the device's own memory, what is free now, whoever holds the rest; None as for `memory_bytes`."""
         ...
 
+    def buffer_bytes(self) -> int | None:
+        """Of the device's own memory, what this process holds beside weights; None where its library does not tell."""
+        ...
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         """Loads the engines of one component."""
         ...

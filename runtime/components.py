@@ -31,6 +31,7 @@ class Components:
         self.bundle = bundle
         self._backend = backend
         self._loaded: dict[str, Component] = {}
+        self._used: dict[str, tuple[int, int]] = {}  # the largest boundary and workspace that each was used with
         self._users: Counter[str] = Counter()  # stages that are using a component now
         self._keepers: Counter[str] = Counter()  # runs on their way whose plans keep a component loaded
         self._lock = threading.RLock()
@@ -38,12 +39,25 @@ class Components:
 
     def after_fork(self) -> None:
         """Leaves the engines to the parent; the next use loads them again. See `t2v_rt.system.forked`."""
-        self._loaded, self._users, self._keepers, self._lock = {}, Counter(), Counter(), threading.RLock()
+        self._loaded, self._used, self._lock = {}, {}, threading.RLock()
+        self._users, self._keepers = Counter(), Counter()
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the components that are loaded now."""
         return tuple(self._loaded)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the components that are loaded now."""
+        return sum(component.spec.weights_bytes for component in list(self._loaded.values()))
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the components that are loaded now: weights, boundaries and the workspace that they were used with."""
+        used = list(self._used.values())
+        workspace = max((context for _, context in used), default=0)
+        return self.weights_bytes + sum(crossing for crossing, _ in used) + workspace
 
     @contextmanager
     def following(self, plan: MemoryPlan) -> Iterator[None]:
@@ -53,10 +67,24 @@ class Components:
             keepers.update(plan.kept)
         try:
             self.release_idle()
+            self._make_room(plan)
             yield
         finally:
             with self._lock:
                 keepers.subtract(plan.kept)
+
+    def _make_room(self, plan: MemoryPlan) -> None:
+        """Releases what an earlier run has left larger than a plan knows it, where its budget lacks the room for that.
+
+        Buffers at the boundary of an engine, and the workspace, grow with the videos and do not shrink.
+        """
+        used = {**self._used}
+        if plan.budget_bytes is None or plan.beside(used).peak_bytes <= plan.budget_bytes:
+            return
+        planned = {stage.component: (stage.io_bytes, stage.context_bytes) for stage in plan.stages}
+        for name, sizes in used.items():
+            if any(size > known for size, known in zip(sizes, planned.get(name, sizes), strict=True)):
+                self.release(name)
 
     def get(self, name: str) -> Component:
         """A component's engines, loaded at the first use, and tested at the first on this device."""
@@ -89,6 +117,7 @@ class Components:
         with self._lock:  # which nobody can release between its loading and its use
             component, users = self.get(name), self._users
             users[name] += 1
+            self._note_use(name, plan)
         try:
             self.bundle.check_loaded(files)
             yield component
@@ -97,6 +126,13 @@ class Components:
             with self._lock:
                 users[name] -= 1
             self.release_idle(but=plan.kept)
+
+    def _note_use(self, name: str, plan: MemoryPlan) -> None:
+        """Remembers what a component holds after a stage of a plan."""
+        for stage in plan.stages:
+            if stage.component == name:
+                crossing, context = self._used.get(name, (0, 0))
+                self._used[name] = max(crossing, stage.io_bytes), max(context, stage.context_bytes)
 
     def engines(self, name: str, plan: MemoryPlan) -> Generator[Engine, None, None]:
         """A component's engines in the order they run: all of them loaded or, where no plan keeps them, one by one."""
@@ -116,16 +152,21 @@ class Components:
         """Closes what no stage uses and no running plan keeps, but for some components."""
         with self._lock:
             held = {*but, *(+self._users), *(+self._keepers)}
-            components = [self._loaded.pop(name) for name in [*self._loaded] if name not in held]
+            components = [self._taken(name) for name in [*self._loaded] if name not in held]
         for component in components:
             component.close()
 
     def release(self, name: str) -> None:
         """Closes a component's engines unless a stage is using them; the next use loads them again."""
         with self._lock:
-            component = None if self._users[name] else self._loaded.pop(name, None)
+            component = None if self._users[name] or name not in self._loaded else self._taken(name)
         if component is not None:
             component.close()
+
+    def _taken(self, name: str) -> Component:
+        """A component that is to be closed; nobody is given it any more."""
+        self._used.pop(name, None)
+        return self._loaded.pop(name)
 
     def close(self) -> None:
         """Releases all engines that no stage is using; a later use loads them again."""

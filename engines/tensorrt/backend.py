@@ -338,6 +338,9 @@ class TensorRTBackend:
     def free_bytes(self) -> int | None:
         return self._gpu.cuda.free_bytes()
 
+    def buffer_bytes(self) -> int | None:
+        return self._gpu.cuda.buffer_bytes
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
         """Loads the engines of a component.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +17,18 @@ from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes, to_js
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import Request, make_request
 
+logger = logging.getLogger(__name__)
 SHRINK = 0.9  # of height and width, from one try to the next
 
 
 def largest_fitting(
-    manifest: Manifest, height: int, width: int, num_frames: int, budget: int, own_memory: bool | None = None
+    manifest: Manifest,
+    height: int,
+    width: int,
+    num_frames: int,
+    budget: int,
+    own_memory: bool | None = None,
+    free: int | None = None,
 ) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
@@ -32,6 +41,7 @@ def largest_fitting(
         num_frames: of the request that does not fit.
         budget: bytes.
         own_memory: as `make_plan` takes it.
+        free: as `make_plan` takes it.
 
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
@@ -39,7 +49,7 @@ def largest_fitting(
 
     def fits(size: tuple[int, int, int]) -> bool:
         shape = manifest.model.latent_shape(1, *size)
-        return make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits
+        return make_plan(manifest, shape, budget=budget, own_memory=own_memory, free=free).fits
 
     shorter, smaller = _smaller(manifest, height, width, num_frames)
     for built in (True, False):
@@ -72,14 +82,38 @@ def check_room(manifest: Manifest, request: Request, plan: MemoryPlan, own_memor
         RequestError: more is needed than there is or the budget allows; names the largest video that fits.
     """
     size = request.height, request.width, request.num_frames
+    measured = plan.free_bytes is not None
     checks = [
         (plan.host_bytes, plan.available_bytes, "the memory available"),
-        (plan.least_bytes, plan.budget_bytes, "the budget"),
+        (plan.least_bytes, plan.budget_bytes, "what the GPU has free for it" if measured else "the budget"),
     ]
     for needed, room, what in checks:
         if room is not None and needed > room:
-            best = largest_fitting(manifest, *size, room, own_memory)
-            raise RequestError(plan.refusal(needed, room, what, advise(manifest, best)))
+            advice = advise(manifest, largest_fitting(manifest, *size, room, own_memory, plan.free_bytes))
+            others = "end other programs that use the GPU, or ask for less: " if measured else ""
+            raise RequestError(plan.refusal(needed, room, what, f"{others}{advice}"))
+
+
+def warn_of_spilling(plan: MemoryPlan, free: int | None) -> None:
+    """Warns where a budget that the user gave lets a request take more than a card has free.
+
+    Args:
+        plan: of the request's memory.
+        free: bytes that other programs leave of the card; None where that is not known.
+    """
+    planned = plan.peak_bytes - plan.reserve_bytes  # which stands for what is on the card already
+    if free is not None and planned > free:
+        spilling = (
+            "; Windows moves what is too much to the machine's memory, which is far slower, unless the NVIDIA control "
+            "panel's 'CUDA - Sysmem Fallback Policy' is 'Prefer No Sysmem Fallback'"
+        )
+        logger.warning(
+            "this request is planned with %.3g GB, %.3g GB of the GPU are free; end other programs that use it, or "
+            "give a smaller vram_budget%s",
+            planned / 1e9,
+            free / 1e9,
+            spilling if sys.platform == "win32" else "",
+        )
 
 
 def plan_request(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -39,6 +39,7 @@ class MemoryPlan:
         kept: components that stay loaded from stage to stage and from call to call. Any other is loaded for its stage
             and released after it, the text encoder engine by engine.
         available_bytes: of the machine's memory when it was made, where engines work in it, else None.
+        free_bytes: of the card when it was made, where the budget was made of it, else None.
     """
 
     stages: tuple[StageMemory, ...]
@@ -52,6 +53,7 @@ class MemoryPlan:
     estimated: bool = True
     kept: frozenset[str] = ALL
     available_bytes: int | None = None
+    free_bytes: int | None = None
 
     @property
     def grid(self) -> Grid:
@@ -136,6 +138,19 @@ class MemoryPlan:
         for count in range(len(order) - 1, -1, -1):
             yield self.keeping(order[:count])
 
+    def beside(self, used: Mapping[str, tuple[int, int]]) -> MemoryPlan:
+        """The same plan where components still hold what an earlier run, of a larger video, had of them.
+
+        Args:
+            used: component -> bytes at its boundary, and of its workspace.
+        """
+        stages = []
+        for stage in self.stages:
+            crossing, context = used.get(stage.component, (0, 0))
+            larger = max(crossing, stage.io_bytes), max(context, stage.context_bytes)
+            stages.append(replace(stage, io_bytes=larger[0], context_bytes=larger[1]))
+        return replace(self, stages=tuple(stages))
+
     def of_stage(self, name: str) -> MemoryPlan:
         """The same plan of a run that has this stage only; components that are kept may be loaded beside it."""
         idle = (replace(stage, context_bytes=0, state_bytes=0) for stage in self.stages)
@@ -207,6 +222,7 @@ def make_plan(
     room: int | None = None,
     available: int | None = None,
     own_memory: bool | None = None,
+    free: int | None = None,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -223,6 +239,8 @@ def make_plan(
         available: bytes of the machine's memory that the denoise stage must keep to as well, or None.
         own_memory: whether engines work in a card's memory (see `Backend.own_memory`); None for what the bundle's
             backend does where nothing else is asked of it.
+        free: bytes of the card that the budget was made of, which leave out what is on it besides; None for a budget
+            that `CARD_RESERVE` has to be kept of.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -232,7 +250,7 @@ def make_plan(
     """
     card = backend_info(manifest.backend).has_own_memory() if own_memory is None else own_memory
     limits = [limit for limit in (budget, available) if limit is not None]
-    reserve = CARD_RESERVE if card else 0
+    reserve = CARD_RESERVE if card and free is None else 0
     for one_batch in batches:
         denoise, estimated = denoise_stage(manifest, shape, one_batch)
         if all(reserve + denoise.total_bytes <= limit for limit in limits):
@@ -246,7 +264,7 @@ def make_plan(
         decode, parked = family.decode_memory(manifest, shape, way, latents)
         stages = (encode, denoise, decode)
         known = stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated
-        tried.append(MemoryPlan(*known, available_bytes=available))
+        tried.append(MemoryPlan(*known, available_bytes=available, free_bytes=free))
         if budget is None or decode.total_bytes + reserve <= budget:
             break
     else:

@@ -41,6 +41,9 @@ class Watched:
     def free_bytes(self) -> int | None:
         return None
 
+    def buffer_bytes(self) -> int | None:
+        return None
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component, close = self.backend.load(folder, name, spec), Component.close
         self._count(spec.weights_bytes)
@@ -221,7 +224,7 @@ def test_runs_begin_in_the_order_they_came() -> None:
             threads[-1].start()
             began.wait(WAIT)
             began.clear()
-            while len(admission._queue) <= i:
+            while len(admission._device.queue) <= i:
                 pass
         assert order == []
     for thread in threads:
@@ -246,7 +249,7 @@ def test_waiting_ends_where_it_is_cancelled_or_not_wanted() -> None:
             thread.start()
             cancel.set()
             thread.join(WAIT)
-        assert not admission._queue
+        assert not admission._device.queue
         with admission.admitted(plan):  # nothing is left of it
             assert len(admission.running) == 1
     assert [type(error) for error in errors] == [CancelledError, RequestError]

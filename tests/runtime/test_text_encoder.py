@@ -56,6 +56,9 @@ class Watched:
     def free_bytes(self) -> int | None:
         return None
 
+    def buffer_bytes(self) -> int | None:
+        return None
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component = self.backend.load(folder, name, spec)
         close: Callable[[], None] = component.close
