@@ -42,7 +42,7 @@ class Backend(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Of the device's own memory, what is free now, whoever holds the rest; None as for `memory_bytes`."""
+        """Of the device's own memory, what is free now, whoever holds the rest; None where it is not known."""
         ...
 
     def buffer_bytes(self) -> int | None:

@@ -13,6 +13,8 @@ from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import holds
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.decode.tiles import parse_grid
+from t2v_rt.runtime.families import family_of
+from t2v_rt.runtime.memory.estimates import Way, denoise_stage
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes, to_json
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import Request, make_request
@@ -134,8 +136,9 @@ def plan_request(
         provider: of ONNX Runtime, `cpu` or `cuda`, whether it is here or not; None for `cpu`.
 
     Returns:
-        `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it; and where it does not fit,
-        `largest_fitting`: the size and frames of one that does, or None; `advice` says it in words.
+        `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it, `profiles` as `profile_contexts`
+        does; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None; `advice` says
+        it in words.
 
     Raises:
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
@@ -154,11 +157,43 @@ def plan_request(
         "width": size[1],
         "num_frames": size[2],
         **to_json(made),
+        "profiles": profile_contexts(manifest, size, made.ways[0]),
     }
     if not made.fits and budget is not None:
         report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
         report["advice"] = advise(manifest, best)
     return report
+
+
+def profile_contexts(manifest: Manifest, size: tuple[int, int, int], way: Way) -> list[dict[str, Any]]:
+    """What plans work in for each of the sizes that they were built for; empty where any size will do.
+
+    Args:
+        manifest: of the bundle.
+        size: height, width and frames of a request.
+        way: that it is decoded in.
+
+    Returns:
+        For each profile `video`, its sizes in words; `ranged`, whether these are several, of which all are planned with
+        the context of the largest; `used`, whether the request is of it; `context_bytes` of the denoise and the decode
+        stage.
+    """
+    family, used, rows = family_of(manifest.model), False, []
+    for profile in manifest.profiles:
+        largest = profile.height.max, profile.width.max, profile.num_frames.max
+        shape = manifest.model.latent_shape(1, *largest)
+        stages = denoise_stage(manifest, shape, False)[0], family.decode_memory(manifest, shape, way, 0)[0]
+        holding = not used and holds((profile,), *size)  # the first that holds it
+        used = used or holding
+        rows.append(
+            {
+                "video": str(profile),
+                "ranged": not all(sizes.fixed for sizes in vars(profile).values()),
+                "used": holding,
+                "context_bytes": {stage.name: stage.context_bytes for stage in stages},
+            }
+        )
+    return rows
 
 
 def _smaller(
