@@ -36,6 +36,19 @@ class Backend(Protocol):
         """Of the device in all, where it has memory of its own; None where that is not known, or the machine's."""
         ...
 
+    @property
+    def device_key(self) -> str | None:
+        """The same for all that share the device's memory in this process; None where that is the machine's."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Of the device's own memory, what is free now, whoever holds the rest; None where it is not known."""
+        ...
+
+    def buffer_bytes(self) -> int | None:
+        """Of the device's own memory, what this process holds beside weights; None where its library does not tell."""
+        ...
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         """Loads the engines of one component."""
         ...

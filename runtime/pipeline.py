@@ -23,7 +23,8 @@ from t2v_rt.runtime.decode.tiles import Grid, parse_grid
 from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
-from t2v_rt.runtime.memory.advice import check_room
+from t2v_rt.runtime.memory.advice import check_room, warn_of_spilling
+from t2v_rt.runtime.memory.device_memory import memory_of
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
@@ -74,8 +75,10 @@ class TextToVideoPipeline(DiffusersHabits):
         self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits)
         self._vae_tiles = vae_tiles
         self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
-        self.admission = Admission(backend.memory_bytes if vram_budget is None else vram_budget, waits=waits)
         self.stages = Stages(bundle, backend, prompt_cache)
+        self._memory = memory_of(backend)  # shared with other pipelines
+        holder = self.stages.components
+        self.admission = Admission(vram_budget, waits=waits, device=self._memory, holder=holder)
 
     @classmethod
     @documented_by(BackendOptions)
@@ -146,8 +149,8 @@ class TextToVideoPipeline(DiffusersHabits):
 
     @property
     def vram_budget(self) -> int | None:
-        """Bytes that the engines of all calls may take together; None for no limit."""
-        return self.admission.budget
+        """Bytes that the engines of all calls may take together, at most all of a card's; None for no limit."""
+        return self.backend.memory_bytes if self.admission.budget is None else self.admission.budget
 
     @documented_by(CallOptions, CallArrays, CallHooks)
     def __call__(
@@ -315,9 +318,12 @@ class TextToVideoPipeline(DiffusersHabits):
 
     @property
     def _make_plan(self) -> partial[MemoryPlan]:
-        """`make_plan` with what is the same for all requests of this pipeline."""
-        budget, card = self.vram_budget, self.backend.own_memory
-        return partial(make_plan, self.manifest, budget=budget, grid=self._vae_tiles, room=self._room, own_memory=card)
+        """`make_plan` with what is the same for all requests of this pipeline, and what its device has room for now."""
+        room, budget, free = self._memory.measure(self.backend), self.admission.budget, None
+        if budget is None:
+            budget, free = room.bytes, room.free_bytes
+        planner = partial(make_plan, self.manifest, grid=self._vae_tiles, room=self._room)
+        return partial(planner, budget=budget, free=free, own_memory=self.backend.own_memory)
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
@@ -370,6 +376,7 @@ class TextToVideoPipeline(DiffusersHabits):
         check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
         plan = self.plan(request, kept_frames)
         check_room(self.manifest, request, plan, self.backend.own_memory)
+        warn_of_spilling(plan, self._memory.room.free_bytes)
         request = replace(request, guidance_batch=plan.one_batch)
         return Run(self.stages, self.admission, self.scheduler.copy(), request, plan, hooks, owner=self)
 

@@ -8,7 +8,6 @@ is looked at. So the map is fitted by least squares to the thumbnail of the very
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def _preview_video(stages: Stages, video: Array) -> Array:
     small = with_contrast_of(video, means)
     size = stages.manifest.model.latents.spatial_factor
     # what keeps components loaded is the plan of the run that is looked at, not this one
-    plan = replace(make_plan(stages.manifest, (1, *small.shape), grid=WHOLE), resident=False)
+    plan = make_plan(stages.manifest, (1, *small.shape), grid=WHOLE).releasing()
     counts = stages.manifest.model.decode.chunks(video.shape[1])
     images = [
         frames.mean(0)

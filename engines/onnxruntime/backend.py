@@ -19,7 +19,7 @@ from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotat
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.engines.onnxruntime.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.specs import TensorSpec
-from t2v_rt.engines.tensorrt.cuda import card_bytes
+from t2v_rt.engines.tensorrt.cuda import card_bytes, device_key
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.numbers import as_integer
 from t2v_rt.system import forked
@@ -188,7 +188,19 @@ class OnnxRuntimeBackend:
     @property
     def memory_bytes(self) -> int | None:
         """Of the card, which CUDA tells and ONNX Runtime does not; None, and told once, where it cannot be asked."""
-        return card_bytes("cuda") if self.own_memory else None
+        return card_bytes("cuda")[1] if self.own_memory else None
+
+    @property
+    def device_key(self) -> str | None:
+        """The card, by the name that plans on it have as well; None for the machine's memory."""
+        return device_key(0) if self.own_memory else None
+
+    def free_bytes(self) -> int | None:
+        """Of the card now, as CUDA tells."""
+        return card_bytes("cuda")[0] if self.own_memory else None
+
+    def buffer_bytes(self) -> None:
+        """Nobody knows what ONNX Runtime's arenas hold."""
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.

@@ -331,6 +331,16 @@ class TensorRTBackend:
     def memory_bytes(self) -> int | None:
         return self._gpu.cuda.info.memory_bytes
 
+    @property
+    def device_key(self) -> str | None:
+        return self._gpu.cuda.key
+
+    def free_bytes(self) -> int | None:
+        return self._gpu.cuda.free_bytes()
+
+    def buffer_bytes(self) -> int | None:
+        return self._gpu.cuda.buffer_bytes
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
         """Loads the engines of a component.
 

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,11 @@ def load_cuda(extra: str) -> Any:
         ) from exc
 
 
+def device_key(index: int) -> str:
+    """A GPU's name among all that this process sees, whatever library works on it."""
+    return f"cuda:{index}"
+
+
 def explain_no_device(code: int, driver: int, runtime: int) -> str:
     """Why there is no GPU to use, and what to do.
 
@@ -114,21 +119,29 @@ def find_device(runtime: Any, index: int = 0) -> DeviceInfo:
     )
 
 
-def card_bytes(extra: str) -> int | None:
-    """Memory of the GPU in all, for a library that works on it and does not tell; None, and why once, if unknown.
+def card_bytes(extra: str, index: int = 0) -> tuple[int | None, int | None]:
+    """Memory of a GPU, for a library that works on it and does not tell; None, and why once, where it is unknown.
 
     Args:
         extra: of t2v-rt that holds cuda-bindings.
+        index: of the GPU.
+
+    Returns:
+        (free now, in all).
 
     Raises:
         BackendError: the GPU is that of the process that this one was forked from.
     """
     forked.claim_gpu()
     try:
-        return find_device(load_cuda(extra)).memory_bytes
+        runtime = load_cuda(extra)
+        total = find_device(runtime, index).memory_bytes
+        call(runtime, runtime.cudaSetDevice, index)
+        free, _ = call(runtime, runtime.cudaMemGetInfo)
+        return int(free), total
     except (BackendError, EngineError) as exc:
         _tell_unknown(str(exc))
-        return None
+        return None, None
 
 
 @cache
@@ -174,6 +187,7 @@ class Cuda:
     def __init__(self, extra: str, index: int = 0) -> None:
         self._rt = load_cuda(extra)
         self._index = index
+        self._allocated: dict[int, int] = {}  # address -> bytes
         self.info = find_device(self._rt, index)
         self.activate()
         self.stream = int(self._call(self._rt.cudaStreamCreateWithFlags, NON_BLOCKING))
@@ -183,6 +197,11 @@ class Cuda:
     def after_fork(self) -> None:
         """Leaves the stream to the parent; see `t2v_rt.system.forked`."""
         self._stream_end.detach()
+
+    @property
+    def key(self) -> str:
+        """The GPU's name among all that this process sees."""
+        return device_key(self._index)
 
     def activate(self) -> None:
         """Makes this GPU the calling thread's."""
@@ -194,10 +213,22 @@ class Cuda:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
+    def free_bytes(self) -> int:
+        """What the GPU has free now, whoever holds the rest."""
+        self.activate()
+        free, _ = self._call(self._rt.cudaMemGetInfo)
+        return int(free)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What is allocated here; a library's own memory, as of weights, is not in it."""
+        return sum(list(self._allocated.values()))
+
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Memory on the GPU, not cleared; raises OutOfMemoryError."""
         address = int(self._call(self._rt.cudaMalloc, max(nbytes, 1), what=f"{nbytes / 1e6:.0f} MB on the GPU"))
-        return DeviceBuffer(address, nbytes, self._rt.cudaFree)
+        self._allocated[address] = nbytes
+        return DeviceBuffer(address, nbytes, partial(_free, self._rt.cudaFree, self._allocated))
 
     def host_array(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array in pinned host memory, from and to which copies run at full speed; raises OutOfMemoryError."""
@@ -227,6 +258,12 @@ class Cuda:
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any, what: str = "") -> Any:
         return call(self._rt, function, *arguments, what=what)
+
+
+def _free(free: Callable[[int], object], allocated: dict[int, int], address: int) -> None:
+    """Gives memory back."""
+    allocated.pop(address, None)
+    free(address)
 
 
 class DeviceBuffer:

@@ -15,6 +15,7 @@ from t2v_rt.runtime.decode.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 RGB = 3 * FLOAT
+COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}  # whose engines a stage uses
 Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
@@ -42,6 +43,11 @@ class StageMemory:
     state_bytes: int
     io_bytes: int
     staging_bytes: int = 0
+
+    @property
+    def component(self) -> str:
+        """Whose engines it uses."""
+        return COMPONENTS[self.name]
 
     @property
     def total_bytes(self) -> int:

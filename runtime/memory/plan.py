@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -14,9 +14,11 @@ from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
 from t2v_rt.runtime.decode.tiles import Grid
 from t2v_rt.runtime.families import family_of
-from t2v_rt.runtime.memory.estimates import FLOAT, RGB, StageMemory, Way, denoise_stage, encode_stage
+from t2v_rt.runtime.memory.estimates import COMPONENTS, FLOAT, RGB, StageMemory, Way, denoise_stage, encode_stage
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+ENCODER = COMPONENTS["encode"]
+ALL = frozenset(COMPONENTS.values())
 CARD_RESERVE = 600_000_000  # bytes: a CUDA context takes 0.3 GB, a desktop as much
 
 
@@ -34,9 +36,10 @@ class MemoryPlan:
         results_bytes: frames that a caller is given, held on the host beside the decode stage; in no stage's sum.
         reserve_bytes: of a card, for what is on it besides: the driver's own context, and a desktop.
         estimated: whether contexts are estimates; False where a builder told them.
-        resident: whether weights stay loaded; otherwise each stage's are released when it ends.
-        streamed: whether the text encoder's engines are loaded one after another, each released before the next.
+        kept: components that stay loaded from stage to stage and from call to call. Any other is loaded for its stage
+            and released after it, the text encoder engine by engine.
         available_bytes: of the machine's memory when it was made, where engines work in it, else None.
+        free_bytes: of the card when it was made, where the budget was made of it, else None.
     """
 
     stages: tuple[StageMemory, ...]
@@ -48,9 +51,9 @@ class MemoryPlan:
     results_bytes: int = 0
     reserve_bytes: int = 0
     estimated: bool = True
-    resident: bool = True
-    streamed: bool = False
+    kept: frozenset[str] = ALL
     available_bytes: int | None = None
+    free_bytes: int | None = None
 
     @property
     def grid(self) -> Grid:
@@ -58,21 +61,38 @@ class MemoryPlan:
         return self.ways[0][0]
 
     @property
-    def peak_bytes(self) -> int:
-        """The most that is held at once, the reserve included; engines that stay loaded keep their boundaries too."""
-        return self.reserve_bytes + self._weights_bytes + self.own_bytes if self.resident else self.least_bytes
+    def resident(self) -> bool:
+        """Whether all components stay loaded."""
+        return self.kept == ALL
 
     @property
-    def _weights_bytes(self) -> int:
-        return sum(stage.weights_bytes for stage in self.stages)
+    def streamed(self) -> bool:
+        """Whether the text encoder's engines are loaded one after another, each released before the next."""
+        return ENCODER not in self.kept
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once, the reserve included; engines that stay loaded keep their boundaries too."""
+        return self.reserve_bytes + self._most(lambda stage: stage.weights_bytes + stage.io_bytes)
 
     @property
     def own_bytes(self) -> int:
         """What a run takes beside weights, which runs of one pipeline share."""
-        if self.resident:
-            working = max(stage.context_bytes + stage.state_bytes for stage in self.stages)
-            return sum(stage.io_bytes for stage in self.stages) + working
-        return max(stage.total_bytes - stage.weights_bytes for stage in self.stages)
+        return self._most(lambda stage: stage.io_bytes)
+
+    def _most(self, held: Callable[[StageMemory], int]) -> int:
+        """The most of any stage: what it works in, what its engines hold, and what those hold that stay loaded.
+
+        Args:
+            held: what is counted of loaded engines.
+        """
+        kept = [stage for stage in self.stages if stage.component in self.kept]
+        workspace = max((stage.context_bytes for stage in kept), default=0)  # it never shrinks while engines stay
+        working = (
+            stage.state_bytes + max(stage.context_bytes, workspace) + (0 if stage in kept else held(stage))
+            for stage in self.stages
+        )
+        return sum(map(held, kept)) + max(working)
 
     @property
     def fits(self) -> bool:
@@ -89,18 +109,56 @@ class MemoryPlan:
         held = {"decode": self.results_bytes}
         return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.stages)
 
+    def keeping(self, names: Iterable[str]) -> MemoryPlan:
+        """The plan that keeps, of what this one does, the named components only."""
+        kept = self.kept & {*names}
+        one = self.one_engine
+        stages = self.stages if ENCODER in kept else tuple(one if s.name == one.name else s for s in self.stages)
+        return replace(self, stages=stages, kept=kept)
+
     def streaming(self) -> MemoryPlan:
         """The plan that loads one of the text encoder's engines at a time."""
-        stages = tuple(self.one_engine if stage.name == self.one_engine.name else stage for stage in self.stages)
-        return replace(self, stages=stages, streamed=True)
+        return self.keeping(self.kept - {ENCODER})
 
     def releasing(self) -> MemoryPlan:
         """The plan that keeps nothing loaded from stage to stage."""
-        return replace(self.streaming(), resident=False)
+        return self.keeping(())
+
+    def choices(self) -> Iterator[MemoryPlan]:
+        """This plan and those that keep less, in the order that they are preferred.
+
+        The text encoder goes first, since prompts are remembered, then what is the quickest to load again: a component
+        is kept only beside all that take longer, next to which its own loading counts for little.
+        """
+        weights = {stage.component: stage.weights_bytes for stage in self.stages}
+        order = sorted(self.kept - {ENCODER}, key=lambda name: (-weights.get(name, 0), name))
+        yield self
+        if not self.streamed:
+            yield self.streaming()
+        for count in range(len(order) - 1, -1, -1):
+            yield self.keeping(order[:count])
+
+    def beside(self, used: Mapping[str, tuple[int, int]]) -> MemoryPlan:
+        """The same plan where components still hold what an earlier run, of a larger video, had of them.
+
+        Args:
+            used: component -> bytes at its boundary, and of its workspace.
+        """
+        stages = []
+        for stage in self.stages:
+            crossing, context = used.get(stage.component, (0, 0))
+            larger = max(crossing, stage.io_bytes), max(context, stage.context_bytes)
+            stages.append(replace(stage, io_bytes=larger[0], context_bytes=larger[1]))
+        return replace(self, stages=tuple(stages))
 
     def of_stage(self, name: str) -> MemoryPlan:
-        """The same plan of a run that has this stage only."""
-        return replace(self, stages=tuple(stage for stage in self.stages if stage.name == name))
+        """The same plan of a run that has this stage only; components that are kept may be loaded beside it."""
+        idle = (replace(stage, context_bytes=0, state_bytes=0) for stage in self.stages)
+        here = zip(self.stages, idle, strict=True)
+        chosen = (
+            own if own.name == name else rest for own, rest in here if own.name == name or own.component in self.kept
+        )
+        return replace(self, stages=tuple(chosen))
 
     def refusal(self, needed: int, room: int, what: str, advice: str) -> str:
         """Says that a request does not fit.
@@ -123,13 +181,20 @@ def together_bytes(plans: Sequence[MemoryPlan]) -> int:
     """
     if len(plans) == 1:
         return plans[0].peak_bytes
-    weights: dict[str, int] = {}
-    for stage in (stage for plan in plans for stage in plan.stages):
-        weights[stage.name] = max(stage.weights_bytes, weights.get(stage.name, 0))
-    loaded = sorted(weights.values())
-    if not any(plan.resident for plan in plans):
-        loaded = loaded[-len(plans) :]  # for they are in as many stages at a time
-    return max(plan.reserve_bytes for plan in plans) + sum(loaded) + sum(plan.own_bytes for plan in plans)
+    kept = frozenset[str]().union(*(plan.kept for plan in plans))
+    shared: dict[str, int] = {}
+    streams: list[int] = []  # of runs that load the text encoder's engines one by one, each its own
+    for plan in plans:
+        for stage in plan.stages:
+            if stage.component == ENCODER and plan.streamed:
+                streams.append(stage.weights_bytes)
+            else:
+                shared[stage.component] = max(stage.weights_bytes, shared.get(stage.component, 0))
+    always = sum(weights for name, weights in shared.items() if name in kept)
+    at_times = sorted([*streams, *(weights for name, weights in shared.items() if name not in kept)])
+    at_times = at_times[-len(plans) :]  # for they are in as many stages at a time
+    reserve = max(plan.reserve_bytes for plan in plans)
+    return reserve + always + sum(at_times) + sum(plan.own_bytes for plan in plans)
 
 
 def parse_bytes(text: str | int) -> int:
@@ -157,6 +222,7 @@ def make_plan(
     room: int | None = None,
     available: int | None = None,
     own_memory: bool | None = None,
+    free: int | None = None,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -173,6 +239,8 @@ def make_plan(
         available: bytes of the machine's memory that the denoise stage must keep to as well, or None.
         own_memory: whether engines work in a card's memory (see `Backend.own_memory`); None for what the bundle's
             backend does where nothing else is asked of it.
+        free: bytes of the card that the budget was made of, which leave out what is on it besides; None for a budget
+            that `CARD_RESERVE` has to be kept of.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -182,7 +250,7 @@ def make_plan(
     """
     card = backend_info(manifest.backend).has_own_memory() if own_memory is None else own_memory
     limits = [limit for limit in (budget, available) if limit is not None]
-    reserve = CARD_RESERVE if card else 0
+    reserve = CARD_RESERVE if card and free is None else 0
     for one_batch in batches:
         denoise, estimated = denoise_stage(manifest, shape, one_batch)
         if all(reserve + denoise.total_bytes <= limit for limit in limits):
@@ -196,7 +264,7 @@ def make_plan(
         decode, parked = family.decode_memory(manifest, shape, way, latents)
         stages = (encode, denoise, decode)
         known = stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated
-        tried.append(MemoryPlan(*known, available_bytes=available))
+        tried.append(MemoryPlan(*known, available_bytes=available, free_bytes=free))
         if budget is None or decode.total_bytes + reserve <= budget:
             break
     else:
@@ -204,15 +272,22 @@ def make_plan(
     plan, limit = tried[-1], room if budget is None else budget
     if limit is None or plan.peak_bytes <= limit:
         return plan
-    return plan.streaming() if budget is None else plan.releasing()
+    if budget is None:
+        return plan.streaming()
+    return next((choice for choice in plan.choices() if choice.fits), plan.releasing())
 
 
 def to_json(plan: MemoryPlan) -> dict[str, Any]:
-    """A plan as plain JSON values: `peak_bytes`, `budget_bytes`, `fits`, `resident`, `vae_tiles`, `stages` and more."""
+    """A plan as plain JSON values: `peak_bytes`, `budget_bytes`, `fits`, `kept`, `vae_tiles`, `stages` and more.
+
+    `kept` names the components that stay loaded, `resident` says whether these are all, `streamed` whether the text
+    encoder is loaded engine by engine.
+    """
     return {
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "fits": plan.fits,
+        "kept": [stage.component for stage in plan.stages if stage.component in plan.kept and stage.weights_bytes],
         "resident": plan.resident,
         "streamed": plan.streamed,
         "reserve_bytes": plan.reserve_bytes,

@@ -52,6 +52,13 @@ class OnCard:
     own_memory: bool = True
     device: str = ""
     identity: str = "card"
+    device_key: str | None = None
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def buffer_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         return self.backend.load(folder, name, spec)
@@ -231,11 +238,13 @@ def test_cuda_tells_the_memory_of_the_card_that_onnx_runtime_works_on(
     narrow: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", HostCuda(8 * 10**9))
-    assert OnnxRuntimeBackend("cuda").memory_bytes == 8 * 10**9
+    card = OnnxRuntimeBackend("cuda")
+    assert (card.memory_bytes, card.free_bytes(), card.device_key) == (8 * 10**9, 8 * 10**9, "cuda:0")
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, provider="cuda")
     assert (pipe.backend.own_memory, pipe.vram_budget) == (True, 8 * 10**9)
     cpu = TextToVideoPipeline.from_pretrained(narrow.bundle)
     assert (cpu.backend.own_memory, cpu.backend.memory_bytes, cpu.vram_budget) == (False, None, None)
+    assert (cpu.backend.free_bytes(), cpu.backend.device_key) == (None, None)
 
 
 @pytest.mark.usefixtures("with_cuda")

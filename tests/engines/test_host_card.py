@@ -210,7 +210,7 @@ def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureF
         library.cuda.peak = 0
         list(pipe.decode(latents))
         whole = library.cuda.peak
-    with run(plans) as pipe, caplog.at_level(logging.WARNING):
+    with run(plans, vram_budget=ROOM) as pipe, caplog.at_level(logging.WARNING):  # more than there is
         library.cuda.capacity = whole - 1
         found = np.concatenate(list(pipe.decode(latents)))
         assert "out of memory" in caplog.text

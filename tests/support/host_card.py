@@ -97,6 +97,9 @@ class HostCuda:
     def cudaGetDeviceProperties(self, index: int) -> tuple[int, Any]:  # noqa: N802
         return SUCCESS, SimpleNamespace(name=b"host\0", major=8, minor=6, totalGlobalMem=self.capacity)
 
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:  # noqa: N802
+        return SUCCESS, self.capacity - self.used(), self.capacity
+
     def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
         return SUCCESS, 13000
 
