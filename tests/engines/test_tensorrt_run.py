@@ -23,8 +23,9 @@ from t2v_rt.engines.bundle.trust import check_trust
 from t2v_rt.engines.tensorrt import backend as backend_tensorrt
 from t2v_rt.engines.tensorrt import cuda
 from t2v_rt.engines.tensorrt import gpu as card
-from t2v_rt.engines.tensorrt.backend import check_target, check_version, choose_profile
+from t2v_rt.engines.tensorrt.backend import check_target, check_version
 from t2v_rt.engines.tensorrt.cuda import Cuda, explain_no_device
+from t2v_rt.engines.tensorrt.engine import choose_profile
 from t2v_rt.engines.tensorrt.gpu import KernelCache, make_log
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
 from t2v_rt.errors import OutOfMemoryError
