@@ -57,6 +57,7 @@ class TensorRTEngine(Engine):
     def __init__(self, name: str, spec: GraphSpec, engine: Any, gpu: Gpu, cache: KernelCache) -> None:
         super().__init__(name, spec)
         assert spec.plan is not None
+        self._plan = spec.plan
         self._engine, self._gpu, self._cache = engine, gpu, cache
         fixed = all(size.fixed for item in spec.plan.profiles for size in item.sizes.values())
         self._records_graphs = fixed and not spec.states  # which change their buffers from call to call
@@ -85,7 +86,7 @@ class TensorRTEngine(Engine):
         with self._gpu.lock:
             if self._engine is None:
                 raise EngineError(f"{self.name}: the engine is closed; open the component again")
-            self._gpu.cuda.activate()
+            self._gpu.begin()
             try:
                 self._prepare(profile)
                 self._execute(feeds, state, sizes)
@@ -123,7 +124,8 @@ class TensorRTEngine(Engine):
             self._drop_context()  # with graphs that were recorded on other memory
         if self._context is None:
             self._kept = self._kept or self._cache.read()
-            self._context, self._kernels = self._gpu.create_context(self._engine, self._kept, self._records_graphs)
+            made = self._gpu.create_context(self._engine, self._plan, self._kept, self._records_graphs)
+            self._context, self._kernels = made
             if self._context is None:
                 raise self._gpu.failure(self.name)
         if profile != self._profile:
@@ -201,8 +203,7 @@ class TensorRTEngine(Engine):
         if self._kernels is None:
             return
         try:
-            with self._kernels.serialize() as memory:
-                content = bytes(memory)
+            content = bytes(self._kernels.serialize())
         except RuntimeError as exc:  # as after a fault of the GPU, when all that is left is to let go
             logger.info("compiled kernels are not kept: %s", exc)
             return
@@ -214,7 +215,7 @@ class TensorRTEngine(Engine):
         with self._gpu.lock:
             if self._engine is None:
                 return
-            self._gpu.cuda.activate()
+            self._gpu.settle()
             self._drop_context()
             self._gpu.release_workspace()
             self._engine = None
