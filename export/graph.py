@@ -35,6 +35,7 @@ INT8_PRODUCTS = 4  # accuracy level of MatMulNBits: activations in 8 bits too, t
 BAND = 64  # rows: a band of the widest matrix fits a core's cache
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS = ("fp32", "fp16", "bf16")
+Accumulation = Literal["fp32"]
 COMPUTE_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -54,12 +55,14 @@ class GraphOptions:
         slices: parts of the token axis that a feed-forward runs over one after another, for its memory.
         float32_matmul: whether the engine can multiply float32 matrices.
         quantization: of the matrices of Linears, or None.
+        accumulation: what attention adds up in, of half operands; None where the engine may choose.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     slices: int = 1
     float32_matmul: bool = True
     quantization: Quantization | None = None
+    accumulation: Accumulation | None = None
 
 
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:

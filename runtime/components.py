@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 
 from t2v_rt.engines.backends import Backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component, Engine
-from t2v_rt.runtime.first_use import check_at_first_use
+from t2v_rt.runtime.first_use import is_proven, proven
 from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.system import forked
 
@@ -95,13 +94,20 @@ class Components:
 
     def _load(self, name: str) -> Component:
         """Loads a component from the files that were opened, and tests it."""
-        with ExitStack() as undo:
-            with self.bundle.held(self.bundle.component_files(name)):
-                component = self._backend.load(self.bundle.folder, name, self.bundle.manifest.components[name])
-                undo.callback(component.close)
-                check_at_first_use(self.bundle, name, lambda: [component], self._backend.device)
-            undo.pop_all()
-        return component
+        spec, device = self.bundle.manifest.components[name], self._backend.device
+        with self.bundle.held(self.bundle.component_files(name)):
+            if not is_proven(self.bundle, name, device):
+                component = self._backend.load(self.bundle.folder, name, spec)
+                try:
+                    for _ in proven(self.bundle, name, [component], device):
+                        pass
+                except BaseException:
+                    component.close()
+                    raise
+                if all(graph.plan is None or len(graph.plan.profiles) == 1 for graph in spec.graphs.values()):
+                    return component
+                component.close()  # with the memory for sizes that the work may have no room for
+            return self._backend.load(self.bundle.folder, name, spec)
 
     @contextmanager
     def stage(self, name: str, plan: MemoryPlan) -> Iterator[Component]:
@@ -139,10 +145,9 @@ class Components:
         self.release_idle(but=plan.kept)
         if name not in plan.kept and not self._keepers[name] and name not in self._loaded:
             spec = self.bundle.manifest.components[name]
-            shards = partial(load_shards, self._backend, self.bundle.folder, name, spec)
             with self.bundle.held(self.bundle.component_files(name)):
-                check_at_first_use(self.bundle, name, shards, self._backend.device)
-                for shard in shards():
+                shards = load_shards(self._backend, self.bundle.folder, name, spec)
+                for shard in proven(self.bundle, name, shards, self._backend.device):
                     yield from shard.engines.values()
             return
         with self.stage(name, plan) as component:

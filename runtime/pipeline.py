@@ -31,10 +31,11 @@ from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
 from t2v_rt.runtime.request import CallArrays, Request, check_latents, make_request
-from t2v_rt.runtime.run import CallHooks, FrameStream, Run, StepCallback, make_output
+from t2v_rt.runtime.run import CallHooks, FrameStream, Run, make_output
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.step_callback import StepCallback
 from t2v_rt.system.resources import available_memory_bytes
 
 Array = NDArray[np.float32]
@@ -183,6 +184,7 @@ class TextToVideoPipeline(DiffusersHabits):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         cancel: threading.Event | None = None,
+        previews: bool = False,
     ) -> TextToVideoOutput:
         """Makes videos; what is left out takes the bundle's default.
 
@@ -215,7 +217,7 @@ class TextToVideoPipeline(DiffusersHabits):
             sigmas=sigmas,
         )
         arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
-        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel, previews)
         request = make_request(self.manifest, options, arrays)
         kept_frames = 0 if output_type == "latent" else request.batch * request.num_frames
         return make_output(self._run(request, kept_frames, hooks), generator)
@@ -252,6 +254,7 @@ class TextToVideoPipeline(DiffusersHabits):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         cancel: threading.Event | None = None,
+        previews: bool = False,
     ) -> FrameStream:
         """Makes one video and yields its frames as the VAE decodes them; only one chunk is held at a time.
 
@@ -286,7 +289,7 @@ class TextToVideoPipeline(DiffusersHabits):
             sigmas=sigmas,
         )
         arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
-        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel, previews)
         return self.open_stream(options, arrays, hooks)
 
     def open_stream(self, options: CallOptions, arrays: CallArrays, hooks: CallHooks) -> FrameStream:
@@ -305,17 +308,19 @@ class TextToVideoPipeline(DiffusersHabits):
         _, kept_frames = self.manifest.model.decode.next
         return FrameStream(self._run(request, kept_frames, hooks), arrays.generator)
 
-    def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
+    def plan(self, request: Request, kept_frames: int = 0, previews: bool = False) -> MemoryPlan:
         """What a request takes in each stage under the budget, what stays loaded when, and how guidance is made.
 
         Args:
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
+            previews: whether the VAE decoder makes previews between the steps.
         """
         card, tokens = self.backend.own_memory, request.tokens(self.manifest.model)
         batches = guidance_batches(request.guidance, request.guidance_batch, card, tokens)
         available, shape = self._available_bytes(), request.latent_shape(self.manifest.model)
-        return self._make_plan(shape, kept_frames=kept_frames, batches=batches, available=available)
+        planner = partial(self._make_plan, kept_frames=kept_frames, batches=batches, previews=previews)
+        return planner(shape, available=available)
 
     @property
     def _make_plan(self) -> partial[MemoryPlan]:
@@ -368,14 +373,15 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Raises:
             RequestError: not such an array.
-            EngineError: the VAE failed.
+            PreviewError: the VAE failed; a step callback may leave it uncaught, the call warns once and goes on with
+                its tensors as they were.
         """
         return preview(self.stages, check_latents(self.manifest.model, latents))
 
     def _run(self, request: Request, kept_frames: int, hooks: CallHooks) -> Run:
         """A run of a request that fits, on its own copy of the scheduler."""
         check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
-        plan = self.plan(request, kept_frames)
+        plan = self.plan(request, kept_frames, hooks.previews)
         check_room(self.manifest, request, plan, self.backend.own_memory)
         warn_of_spilling(plan, self._memory.room.free_bytes)
         request = replace(request, guidance_batch=plan.one_batch)

@@ -31,6 +31,7 @@ def largest_fitting(
     budget: int,
     own_memory: bool | None = None,
     free: int | None = None,
+    previews: bool = False,
 ) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
@@ -44,6 +45,7 @@ def largest_fitting(
         budget: bytes.
         own_memory: as `make_plan` takes it.
         free: as `make_plan` takes it.
+        previews: as `make_plan` takes it.
 
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
@@ -51,7 +53,7 @@ def largest_fitting(
 
     def fits(size: tuple[int, int, int]) -> bool:
         shape = manifest.model.latent_shape(1, *size)
-        return make_plan(manifest, shape, budget=budget, own_memory=own_memory, free=free).fits
+        return make_plan(manifest, shape, budget=budget, own_memory=own_memory, free=free, previews=previews).fits
 
     shorter, smaller = _smaller(manifest, height, width, num_frames)
     for built in (True, False):
@@ -91,7 +93,9 @@ def check_room(manifest: Manifest, request: Request, plan: MemoryPlan, own_memor
     ]
     for needed, room, what in checks:
         if room is not None and needed > room:
-            advice = advise(manifest, largest_fitting(manifest, *size, room, own_memory, plan.free_bytes))
+            previews = plan.preview is not None
+            best = largest_fitting(manifest, *size, room, own_memory, plan.free_bytes, previews)
+            advice = advise(manifest, best)
             others = "end other programs that use the GPU, or ask for less: " if measured else ""
             raise RequestError(plan.refusal(needed, room, what, f"{others}{advice}"))
 
@@ -125,6 +129,7 @@ def plan_request(
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
     provider: str | None = None,
+    previews: bool = False,
 ) -> dict[str, Any]:
     """Plans a request of a bundle that is known by its manifest alone.
 
@@ -134,6 +139,7 @@ def plan_request(
         vram_budget: memory of the card, bytes or text such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; None for the coarsest grid that keeps to the budget.
         provider: of ONNX Runtime, `cpu` or `cuda`, whether it is here or not; None for `cpu`.
+        previews: whether a preview is made after each step.
 
     Returns:
         `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it, `profiles` as `profile_contexts`
@@ -150,7 +156,8 @@ def plan_request(
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid, own_memory=card)
+    shape = manifest.model.latent_shape(1, *size)
+    made = make_plan(manifest, shape, budget=budget, grid=grid, own_memory=card, previews=previews)
     report = {
         "backend": manifest.backend,
         "height": size[0],
@@ -160,7 +167,7 @@ def plan_request(
         "profiles": profile_contexts(manifest, size, made.ways[0]),
     }
     if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card, previews=previews)
         report["advice"] = advise(manifest, best)
     return report
 

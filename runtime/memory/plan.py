@@ -10,9 +10,10 @@ from typing import Any
 
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import Manifest
+from t2v_rt.engines.bundle.model import thumbnail_size
 from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
-from t2v_rt.runtime.decode.tiles import Grid
+from t2v_rt.runtime.decode.tiles import WHOLE, Grid
 from t2v_rt.runtime.families import family_of
 from t2v_rt.runtime.memory.estimates import COMPONENTS, FLOAT, RGB, StageMemory, Way, denoise_stage, encode_stage
 
@@ -40,6 +41,7 @@ class MemoryPlan:
             and released after it, the text encoder engine by engine.
         available_bytes: of the machine's memory when it was made, where engines work in it, else None.
         free_bytes: of the card when it was made, where the budget was made of it, else None.
+        preview: what previews take beside the denoise stage, of the VAE decoder; None where there are none.
     """
 
     stages: tuple[StageMemory, ...]
@@ -54,6 +56,7 @@ class MemoryPlan:
     kept: frozenset[str] = ALL
     available_bytes: int | None = None
     free_bytes: int | None = None
+    preview: StageMemory | None = None
 
     @property
     def grid(self) -> Grid:
@@ -80,6 +83,14 @@ class MemoryPlan:
         """What a run takes beside weights, which runs of one pipeline share."""
         return self._most(lambda stage: stage.io_bytes)
 
+    @property
+    def told_stages(self) -> tuple[StageMemory, ...]:
+        """The stages as each is by itself: with previews the denoise stage has the VAE decoder loaded as well."""
+        return tuple(_beside(stage, self._preview_of(stage)) for stage in self.stages)
+
+    def _preview_of(self, stage: StageMemory) -> StageMemory | None:
+        return self.preview if stage.name == "denoise" else None
+
     def _most(self, held: Callable[[StageMemory], int]) -> int:
         """The most of any stage: what it works in, what its engines hold, and what those hold that stay loaded.
 
@@ -89,10 +100,22 @@ class MemoryPlan:
         kept = [stage for stage in self.stages if stage.component in self.kept]
         workspace = max((stage.context_bytes for stage in kept), default=0)  # it never shrinks while engines stay
         working = (
-            stage.state_bytes + max(stage.context_bytes, workspace) + (0 if stage in kept else held(stage))
+            stage.state_bytes
+            + max(stage.context_bytes, workspace)
+            + (0 if stage in kept else held(stage))
+            + self._previewing(stage, held)
             for stage in self.stages
         )
         return sum(map(held, kept)) + max(working)
+
+    def _previewing(self, stage: StageMemory, held: Callable[[StageMemory], int]) -> int:
+        """What previews add to a stage; on the CPU an engine works in memory of its own, on a card it may find less
+        there than it needs."""
+        preview = self._preview_of(stage)
+        if preview is None:
+            return 0
+        loaded = 0 if preview.component in self.kept else held(preview)
+        return loaded + preview.state_bytes + preview.context_bytes
 
     @property
     def fits(self) -> bool:
@@ -101,13 +124,13 @@ class MemoryPlan:
     @property
     def least_bytes(self) -> int:
         """What the largest stage takes when nothing else is kept loaded, the reserve included."""
-        return self.reserve_bytes + max(stage.total_bytes for stage in self.stages)
+        return self.reserve_bytes + max(stage.total_bytes for stage in self.told_stages)
 
     @property
     def host_bytes(self) -> int:
         """What engines on the CPU need of the machine's memory: the largest stage's, with reserve and results."""
         held = {"decode": self.results_bytes}
-        return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.stages)
+        return self.reserve_bytes + max(stage.total_bytes + held.get(stage.name, 0) for stage in self.told_stages)
 
     def keeping(self, names: Iterable[str]) -> MemoryPlan:
         """The plan that keeps, of what this one does, the named components only."""
@@ -158,7 +181,7 @@ class MemoryPlan:
         chosen = (
             own if own.name == name else rest for own, rest in here if own.name == name or own.component in self.kept
         )
-        return replace(self, stages=tuple(chosen))
+        return replace(self, stages=tuple(chosen), preview=None)
 
     def refusal(self, needed: int, room: int, what: str, advice: str) -> str:
         """Says that a request does not fit.
@@ -169,7 +192,7 @@ class MemoryPlan:
             what: they are.
             advice: of `advise`.
         """
-        worst = max(self.stages, key=lambda stage: stage.total_bytes).name
+        worst = max(self.told_stages, key=lambda stage: stage.total_bytes).name
         return f"this request needs about {needed / 1e9:.3g} GB in {worst}, {what} is {room / 1e9:.3g} GB; {advice}"
 
 
@@ -192,7 +215,8 @@ def together_bytes(plans: Sequence[MemoryPlan]) -> int:
                 shared[stage.component] = max(stage.weights_bytes, shared.get(stage.component, 0))
     always = sum(weights for name, weights in shared.items() if name in kept)
     at_times = sorted([*streams, *(weights for name, weights in shared.items() if name not in kept)])
-    at_times = at_times[-len(plans) :]  # for they are in as many stages at a time
+    previewing = sum(plan.preview is not None for plan in plans)
+    at_times = at_times[-len(plans) - previewing :]  # for they are in as many stages at a time
     reserve = max(plan.reserve_bytes for plan in plans)
     return reserve + always + sum(at_times) + sum(plan.own_bytes for plan in plans)
 
@@ -223,6 +247,7 @@ def make_plan(
     available: int | None = None,
     own_memory: bool | None = None,
     free: int | None = None,
+    previews: bool = False,
 ) -> MemoryPlan:
     """Plans a request; what a builder has not measured is estimated.
 
@@ -241,6 +266,7 @@ def make_plan(
             backend does where nothing else is asked of it.
         free: bytes of the card that the budget was made of, which leave out what is on it besides; None for a budget
             that `CARD_RESERVE` has to be kept of.
+        previews: whether the VAE decoder makes thumbnails between the steps of the denoise stage.
 
     Returns:
         The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
@@ -251,20 +277,22 @@ def make_plan(
     card = backend_info(manifest.backend).has_own_memory() if own_memory is None else own_memory
     limits = [limit for limit in (budget, available) if limit is not None]
     reserve = CARD_RESERVE if card and free is None else 0
+    family = family_of(manifest.model)
+    thumbnail = (1, *shape[1:3], *thumbnail_size(*shape[3:]))
+    preview = family.decode_memory(manifest, thumbnail, (WHOLE, False), 0)[0] if previews else None
     for one_batch in batches:
         denoise, estimated = denoise_stage(manifest, shape, one_batch)
-        if all(reserve + denoise.total_bytes <= limit for limit in limits):
+        if all(reserve + _beside(denoise, preview).total_bytes <= limit for limit in limits):
             break
     latents = 0 if card else prod(shape) * FLOAT
     results = 0 if card else kept_frames * prod(manifest.model.video_size(shape)[:2]) * RGB
     encode, one_engine = (encode_stage(manifest, streamed=flag) for flag in (False, True))
-    family = family_of(manifest.model)
     ways, tried = family.decode_ways(manifest, grid), []
     for i, way in enumerate(ways):
         decode, parked = family.decode_memory(manifest, shape, way, latents)
         stages = (encode, denoise, decode)
         known = stages, one_engine, tuple(ways[i:]), parked, budget, one_batch, results, reserve, estimated
-        tried.append(MemoryPlan(*known, available_bytes=available, free_bytes=free))
+        tried.append(MemoryPlan(*known, available_bytes=available, free_bytes=free, preview=preview))
         if budget is None or decode.total_bytes + reserve <= budget:
             break
     else:
@@ -275,6 +303,20 @@ def make_plan(
     if budget is None:
         return plan.streaming()
     return next((choice for choice in plan.choices() if choice.fits), plan.releasing())
+
+
+def _beside(stage: StageMemory, preview: StageMemory | None) -> StageMemory:
+    """A stage with previews beside it."""
+    if preview is None:
+        return stage
+    return StageMemory(
+        stage.name,
+        stage.weights_bytes + preview.weights_bytes,
+        stage.context_bytes + preview.context_bytes,
+        stage.state_bytes + preview.state_bytes,
+        stage.io_bytes + preview.io_bytes,
+        stage.staging_bytes + preview.staging_bytes,
+    )
 
 
 def to_json(plan: MemoryPlan) -> dict[str, Any]:
@@ -294,5 +336,5 @@ def to_json(plan: MemoryPlan) -> dict[str, Any]:
         "estimated": plan.estimated,
         "vae_tiles": list(plan.grid),
         "parked_bytes": plan.parked_bytes,
-        "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in plan.stages],
+        "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in plan.told_stages],
     }

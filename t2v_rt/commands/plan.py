@@ -41,6 +41,7 @@ class PlanOptions:
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
         provider: provider of ONNX Runtime that is planned for, whether it is here or not: `cpu` (where it is left out),
             or `cuda`, whose engines work in a card's memory.
+        previews: plan with a preview after each step, as `generate --preview` makes them.
         picture: svg file that the plan is drawn into as well, which takes t2v-rt[plots].
     """
 
@@ -51,6 +52,7 @@ class PlanOptions:
     vram_budget: str | int | None = option(None, metavar="SIZE")
     vae_tiles: str | None = option(None, metavar="RxC")
     provider: str | None = option(None, metavar="NAME")
+    previews: bool = option(False)
     picture: str | None = option(None, metavar="FILE")
 
 
@@ -73,6 +75,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         vram_budget=options.vram_budget,
         vae_tiles=options.vae_tiles,
         provider=options.provider,
+        previews=options.previews,
     )
     if options.picture is not None:
         write_picture(report, options.picture)
@@ -89,6 +92,7 @@ def plan(
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
     provider: str | None = None,
+    previews: bool = False,
 ) -> dict[str, Any]:
     """Plans a request.
 
@@ -109,10 +113,10 @@ def plan(
     """
     manifest = open_bundle(folder).manifest
     options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
-    return {
-        "bundle_id": manifest.bundle_id,
-        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
-    }
+    made = plan_request(
+        manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider, previews=previews
+    )
+    return {"bundle_id": manifest.bundle_id, **made}
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
