@@ -25,7 +25,7 @@ from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_st
 from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache, open_gpu
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
-from t2v_rt.errors import BackendError
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 
 
@@ -193,8 +193,15 @@ class TensorRTBackend:
             engine = self._gpu.runtime.deserialize_cuda_engine(content)
             if engine is None:
                 failure = self._gpu.failure(f"{label}: {path.name} cannot be loaded")
-                raise type(failure)(f"{failure}{self._why_refused(content)}")
+                raise type(failure)(f"{failure}{self._advice(failure, content)}")
         return engine
+
+    def _advice(self, failure: EngineError, plan: mmap.mmap) -> str:
+        """What to do where a plan cannot be loaded, after a semicolon."""
+        if not isinstance(failure, OutOfMemoryError):
+            return self._why_refused(plan)
+        free, total = (f"{nbytes / 1e9:.1f}" for nbytes in (self.free_bytes() or 0, self.memory_bytes or 0))
+        return f"; {free} of {total} GB are free, close other programs that use the GPU, which nvidia-smi lists"
 
     def _why_refused(self, plan: mmap.mmap) -> str:
         """What the library says of a plan's header, and what to do.

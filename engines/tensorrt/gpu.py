@@ -22,7 +22,7 @@ from t2v_rt.system import forked
 from t2v_rt.system.user_cache import UserCache
 
 logger = logging.getLogger(__name__)
-OUT_OF_MEMORY = re.compile(r"out of ?memory|MemoryAllocation", re.IGNORECASE)  # as the libraries and CUDA say it
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|MemoryAllocation", re.IGNORECASE)  # as the libraries and CUDA say it
 
 
 def make_log(trt: Any) -> Any:

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +35,6 @@ STREAM = 7  # of the first device; the others' follow
 BLOCKING = 4  # cudaDeviceScheduleBlockingSync
 NEVER_FAULT = ("cudaGetErrorString", "cudaDriverGetVersion", "cudaRuntimeGetVersion")
 HEADER = 64  # bytes of a plan that tell what it is
-REASONS = (
-    "VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
-    "MALFORMED_ENGINE", "CUDA_ERROR",
-)  # fmt: skip
 DIRT = 255  # of fresh memory, a NaN in every float
 
 
@@ -172,6 +169,18 @@ class HostLog:
     INTERNAL_ERROR, ERROR, WARNING = range(3)
 
 
+class Reason(Enum):
+    """`EngineInvalidityDiagnostics`."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
+
+
 class HostLibrary:
     """The module of the library, with the plans that it can read.
 
@@ -184,9 +193,7 @@ class HostLibrary:
     ILogger = HostLog
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
-    EngineInvalidityDiagnostics = SimpleNamespace(
-        **{name: SimpleNamespace(value=1 << bit) for bit, name in enumerate(REASONS)}
-    )
+    EngineInvalidityDiagnostics = Reason
     CudaGraphStrategy = SimpleNamespace(DISABLED="off", WHOLE_GRAPH_CAPTURE="on")
 
     def __init__(self, cuda: HostCuda, version: str, graphs: Mapping[str, tuple[Path, PlanSpec]]) -> None:
