@@ -44,7 +44,7 @@ class DeviceArray(ABC):
         """Its sizes."""
 
     @abstractmethod
-    def __getitem__(self, window: tuple[slice, ...]) -> Self:
+    def __getitem__(self, window: slice | tuple[slice, ...]) -> Self:
         """A window, without a copy: a slice of step 1 for each of the first dimensions, as of a NumPy array."""
 
     @abstractmethod

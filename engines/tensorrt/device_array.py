@@ -79,9 +79,9 @@ class GpuArray(DeviceArray):
         _, outer = self._runs()
         return not outer and self.address % ALIGNMENT == 0
 
-    def __getitem__(self, window: tuple[slice, ...]) -> Self:
+    def __getitem__(self, window: slice | tuple[slice, ...]) -> Self:
         offset, shape, strides = self._offset, list(self._shape), self._strides
-        for i, part in enumerate(window):
+        for i, part in enumerate(window if isinstance(window, tuple) else (window,)):
             start, stop, step = part.indices(shape[i])
             if step != 1:
                 raise EngineError(f"a window of step {step} was asked for; expected 1")

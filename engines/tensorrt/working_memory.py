@@ -3,7 +3,7 @@
 Both lie in one arena, states at its end and the workspace before them. For the denoiser's workspace is as large as a
 decoder's states, and these are not there while it works: a memory plan counts the larger of the two, not both. An arena
 is as large as was needed at once so far, and stays, so that a second video like the first takes nothing new. Another is
-made only where states of one video leave too little room for another's call.
+made only where states of one video leave too little room for another's call; then the one that was used last stays.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class WorkingMemory:
 
     def __init__(self, allocate: Callable[[int], DeviceBuffer], lock: threading.RLock) -> None:
         self._allocate, self._lock = allocate, lock
-        self._arenas: list[Arena] = []
+        self._last: Arena | None = None  # used; others live as long as states are in them
+        self._arenas: list[weakref.ref[Arena]] = []
         self._waiting: list[weakref.ref[StateBuffer]] = []  # for their first use
 
     def workspace(self, nbytes: int) -> tuple[int, int]:
@@ -139,14 +140,16 @@ class WorkingMemory:
     def release(self) -> None:
         """Gives back what no state is in."""
         with self._lock:
-            self._arenas = [arena for arena in self._arenas if arena.busy]
+            self._last = None
 
     def _arena(self, nbytes: int) -> Arena:
-        """An arena with so much room, one that states are in first; others that nothing is in go."""
-        fitting = sorted((arena for arena in self._arenas if arena.room >= nbytes), key=lambda arena: not arena.busy)
-        kept = fitting[:1]
-        self._arenas = [arena for arena in self._arenas if arena.busy or arena in kept]
-        if not kept:
-            kept = [Arena(self._allocate(aligned(max(nbytes, 1))))]
-            self._arenas.append(kept[0])
-        return kept[0]
+        """An arena with so much room, one that states are in first."""
+        self._last = self._fitting(nbytes)
+        if self._last is None:  # and the one before is given back
+            self._last = Arena(self._allocate(aligned(max(nbytes, 1))))
+            self._arenas = [*(ref for ref in self._arenas if ref() is not None), weakref.ref(self._last)]
+        return self._last
+
+    def _fitting(self, nbytes: int) -> Arena | None:
+        arenas = (arena for ref in self._arenas if (arena := ref()) is not None)
+        return max((arena for arena in arenas if arena.room >= nbytes), key=lambda arena: arena.busy, default=None)

@@ -60,7 +60,7 @@ class Denoiser:
         self._most = None if plan is None else max(profile.sizes["batch"].max for profile in plan.profiles)
         self._together = together
         self._cancel = cancel
-        self.prompts = prompts
+        self._take(prompts)
 
     @property
     def prompts(self) -> Prompts:
@@ -69,6 +69,10 @@ class Denoiser:
 
     @prompts.setter
     def prompts(self, prompts: Prompts) -> None:
+        if prompts is not self._prompts:
+            self._take(prompts)
+
+    def _take(self, prompts: Prompts) -> None:
         given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
         rows = sum(map(len, given))
         self._prompts = prompts
