@@ -189,9 +189,15 @@ def use_device(runtime: Any, index: int) -> None:
         index: of the GPU.
 
     Raises:
+        OutOfMemoryError: others have filled it.
         EngineError: CUDA does not take it.
     """
-    call(runtime, runtime.cudaSetDevice, index)
+    try:
+        call(runtime, runtime.cudaSetDevice, index)
+    except OutOfMemoryError as exc:
+        raise OutOfMemoryError(
+            "the GPU has no room for another program; close others that use it, which nvidia-smi lists"
+        ) from exc
     (code,) = runtime.cudaSetDeviceFlags(BLOCKING_WAITS)
     if int(code) == ALREADY_IN_USE:  # by a library of this process that chose how it waits; so then do we
         logger.debug("the GPU is in use in this process already: waiting for it keeps a core busy")

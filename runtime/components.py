@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from t2v_rt.engines.backends import Backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle
@@ -95,19 +95,15 @@ class Components:
     def _load(self, name: str) -> Component:
         """Loads a component from the files that were opened, and tests it."""
         spec, device = self.bundle.manifest.components[name], self._backend.device
-        with self.bundle.held(self.bundle.component_files(name)):
+        with ExitStack() as undo, self.bundle.held(self.bundle.component_files(name)):
+            component = self._backend.load(self.bundle.folder, name, spec)
+            undo.callback(component.close)
             if not is_proven(self.bundle, name, device):
-                component = self._backend.load(self.bundle.folder, name, spec)
-                try:
-                    for _ in proven(self.bundle, name, [component], device):
-                        pass
-                except BaseException:
-                    component.close()
-                    raise
-                if all(graph.plan is None or len(graph.plan.profiles) == 1 for graph in spec.graphs.values()):
-                    return component
-                component.close()  # with the memory for sizes that the work may have no room for
-            return self._backend.load(self.bundle.folder, name, spec)
+                for _ in proven(self.bundle, name, [component], device):
+                    pass
+                component.trim()  # of what a test of other sizes than a plan counts has left
+            undo.pop_all()
+        return component
 
     @contextmanager
     def stage(self, name: str, plan: MemoryPlan) -> Iterator[Component]:

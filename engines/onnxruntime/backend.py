@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.backend_info import BACKENDS
 from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
-from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.contract import Component, DeviceArray, Engine, EngineState, Feeds, rotate
 from t2v_rt.engines.devices import card_bytes, check_index, device_key
 from t2v_rt.engines.onnxruntime import cuda_provider
 from t2v_rt.engines.onnxruntime.imported import ort
@@ -83,14 +83,20 @@ class OrtEngine(Engine):
         self._session = None
         self._closed = "the engine belongs to the process that this one was forked from; call the pipeline anew"
 
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Outputs to keep are on the host as well: where engines work, or where the provider's give what they made."""
         if self._session is None:
             raise EngineError(f"{self.name}: {self._closed}")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, array in feeds.items():
+            if isinstance(array, DeviceArray):
+                raise EngineError(f"{self.name}: {name!r} is on a GPU; expected a NumPy array, as its to_host() gives")
+            arrays[name] = np.asarray(array, order="C")
         try:
             if not isinstance(state, OrtState):
-                values = self._session.run([spec.name for spec in self.outputs], dict(feeds))
+                values = self._session.run([spec.name for spec in self.outputs], arrays)
                 return dict(zip([spec.name for spec in self.outputs], values, strict=True))
-            return self._run_bound(self._session, feeds, state)
+            return self._run_bound(self._session, arrays, state)
         except EngineError:
             raise
         except Exception as exc:  # ONNX Runtime's own exceptions have no common base below Exception
@@ -98,7 +104,9 @@ class OrtEngine(Engine):
                 raise OutOfMemoryError(f"{self.name}: ONNX Runtime ran out of memory") from exc
             raise EngineError(f"{self.name}: ONNX Runtime failed: {str(exc).splitlines()[0][:300]}") from exc
 
-    def _run_bound(self, session: ort.InferenceSession, feeds: Feeds, state: OrtState) -> dict[str, NDArray[Any]]:
+    def _run_bound(
+        self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]], state: OrtState
+    ) -> dict[str, NDArray[Any]]:
         binding = session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
@@ -140,6 +148,9 @@ class OrtComponent(Component):
             return [OrtState(buffers(self.states(role_prefix)), spare, sizes) for _ in range(count)]
         except MemoryError as exc:
             raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
+
+    def trim(self) -> None:
+        """Does nothing: a session's arena is its own, and plans count it as long as the session is there."""
 
 
 @dataclass(frozen=True)

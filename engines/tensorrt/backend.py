@@ -3,7 +3,7 @@
 What is sure without a GPU is checked first: the library's version, where the plans come from, the files themselves, the
 shapes. Then the GPU. Plans are native code, so nothing of a file is used before its hash was compared.
 
-One GPU stream and one workspace serve all engines of a pipeline, which run one at a time.
+One GPU stream and one arena serve all engines of a pipeline, which run one at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
 from t2v_rt.engines.bundle.store import Bundle, check_file, check_manifest
 from t2v_rt.engines.bundle.trust import check_trust
-from t2v_rt.engines.contract import Component, Engine
+from t2v_rt.engines.contract import Component
 from t2v_rt.engines.devices import version_text
 from t2v_rt.engines.gpu_support import FIRST_DRIVERS, INSTEAD, TARGETS, explain_old_driver
-from t2v_rt.engines.tensorrt.cuda import DeviceBuffer
+from t2v_rt.engines.tensorrt.cuda import Buffer
 from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_states
 from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache, open_gpu
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
-from t2v_rt.errors import BackendError
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 
 
@@ -97,20 +97,31 @@ class TensorRTComponent(Component):
         card: that they are on.
     """
 
-    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, Engine], gpu: Gpu) -> None:
+    def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, TensorRTEngine], gpu: Gpu) -> None:
         super().__init__(name, spec, engines)
-        self._gpu = gpu
+        self._plans, self._gpu = engines, gpu
 
     def new_states(
         self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
-    ) -> list[DeviceState[DeviceBuffer]]:
+    ) -> list[DeviceState[Buffer]]:
         sizes = {"height": height, "width": width}
+        users = [engine for role, engine in self._plans.items() if role.startswith(role_prefix)]
+        beside = max(engine.most_workspace(sizes) for engine in users)
+
+        def allocate(nbytes: int) -> Buffer:
+            return self._gpu.memory.state_buffer(nbytes, beside)
+
+        group = StateGroup[Buffer](
+            self._gpu.cuda, self.states(role_prefix), self.written(role_prefix), sizes, count, resident, allocate
+        )
+        return new_states(group, count)
+
+    def trim(self) -> None:
         with self._gpu.lock:
             self._gpu.cuda.activate()
-            group = StateGroup(
-                self._gpu.cuda, self.states(role_prefix), self.written(role_prefix), sizes, count, resident
-            )
-            return new_states(group, count)
+            for engine in self._plans.values():
+                engine.trim()
+            self._gpu.memory.release()
 
 
 class TensorRTBackend:
@@ -180,8 +191,10 @@ class TensorRTBackend:
             BackendError: the GPU is that of the process that this one was forked from.
         """
         forked.claim_gpu()
-        engines: dict[str, Engine] = {}
+        engines: dict[str, TensorRTEngine] = {}
         with self._gpu.lock:
+            self._gpu.cuda.activate()
+            self._gpu.memory.release()  # a stage's plan counts either its weights or what another stage works in
             for role, graph in spec.graphs.items():
                 label = name if role == "model" else f"{name}.{role}"
                 entry = check_file(self._bundle, graph.path)
@@ -196,8 +209,15 @@ class TensorRTBackend:
             engine = self._gpu.runtime.deserialize_cuda_engine(content)
             if engine is None:
                 failure = self._gpu.failure(f"{label}: {path.name} cannot be loaded")
-                raise type(failure)(f"{failure}{self._why_refused(content)}")
+                raise type(failure)(f"{failure}{self._advice(failure, content)}")
         return engine
+
+    def _advice(self, failure: EngineError, plan: mmap.mmap) -> str:
+        """What to do where a plan cannot be loaded, after a semicolon."""
+        if not isinstance(failure, OutOfMemoryError):
+            return self._why_refused(plan)
+        free, total = (f"{nbytes / 1e9:.1f}" for nbytes in (self.free_bytes() or 0, self.memory_bytes or 0))
+        return f"; {free} of {total} GB are free, close other programs that use the GPU, which nvidia-smi lists"
 
     def _why_refused(self, plan: mmap.mmap) -> str:
         """What the library says of a plan's header, and what to do.

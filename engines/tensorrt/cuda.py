@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,20 @@ from t2v_rt.system import forked
 
 NON_BLOCKING = 1  # a stream that does not wait for the default one
 PLAIN = 0  # flags of pinned memory
+
+
+class Buffer(Protocol):
+    """Memory on a GPU."""
+
+    @property
+    def address(self) -> int:
+        """On the device."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        ...
 
 
 class Cuda:
@@ -91,24 +105,37 @@ class Cuda:
         address = int(self._call(self._rt.cudaHostAlloc, max(nbytes, 1), PLAIN, what=what))
         return np.asarray(_PinnedMemory(address, tuple(shape), dtype, self._rt.cudaFreeHost))
 
-    def zero(self, buffer: DeviceBuffer) -> None:
+    def zero(self, buffer: Buffer) -> None:
         """Queues clearing a buffer."""
         self._call(self._rt.cudaMemsetAsync, buffer.address, 0, buffer.nbytes, self.stream)
 
-    def upload(self, array: NDArray[Any], buffer: DeviceBuffer) -> None:
+    def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
         """Queues a copy of a pinned array to the GPU."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call(self._rt.cudaMemcpyAsync, buffer.address, array.ctypes.data, array.nbytes, kind, self.stream)
 
-    def download(self, buffer: DeviceBuffer, array: NDArray[Any]) -> None:
+    def download(self, buffer: Buffer, array: NDArray[Any]) -> None:
         """Queues a copy from the GPU to a pinned array."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._rt.cudaMemcpyAsync, array.ctypes.data, buffer.address, array.nbytes, kind, self.stream)
 
-    def copy(self, source: DeviceBuffer, target: DeviceBuffer, nbytes: int) -> None:
+    def copy(self, source: Buffer, target: Buffer, nbytes: int) -> None:
         """Queues a copy on the GPU."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call(self._rt.cudaMemcpyAsync, target.address, source.address, nbytes, kind, self.stream)
+
+    def copy_rows(self, source: int, pitch: int, target: int, width: int, rows: int) -> None:
+        """Queues a copy on the GPU of rows that are apart to where they lie close together.
+
+        Args:
+            source: address of the first row.
+            pitch: bytes from one row to the next.
+            target: address of the copy.
+            width: bytes of a row.
+            rows: their number.
+        """
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call(self._rt.cudaMemcpy2DAsync, target, width, source, pitch, width, rows, kind, self.stream)
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any, what: str = "") -> Any:
         return call(self._rt, function, *arguments, what=what)

@@ -1,7 +1,6 @@
 """A GPU, and what all engines on it share.
 
-The workspace is as large as the largest context that was needed so far. Kernels that TensorRT for RTX compiles at the
-first use are kept in the user's cache.
+Kernels that TensorRT for RTX compiles at the first use are kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ from typing import Any
 
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.profiles import PlanSpec
-from t2v_rt.engines.tensorrt.cuda import Cuda, DeviceBuffer
+from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.engines.tensorrt.libraries import Library
+from t2v_rt.engines.tensorrt.working_memory import WorkingMemory
 from t2v_rt.errors import EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 from t2v_rt.system.user_cache import UserCache
 
 logger = logging.getLogger(__name__)
-OUT_OF_MEMORY = re.compile(r"out of ?memory|MemoryAllocation", re.IGNORECASE)  # as the libraries and CUDA say it
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|MemoryAllocation", re.IGNORECASE)  # as the libraries and CUDA say it
 
 
 def make_log(trt: Any) -> Any:
@@ -48,7 +48,7 @@ def make_log(trt: Any) -> Any:
 
 
 class Gpu:
-    """A GPU with what all engines on it share: the library's runtime, a lock, a workspace; made by `open_gpu`.
+    """A GPU with what all engines on it share: the library's runtime, a lock, what they work in; made by `open_gpu`.
 
     Args:
         library: that runs the plans.
@@ -62,7 +62,7 @@ class Gpu:
         self.log = make_log(library.trt)
         self.runtime = library.trt.Runtime(self.log)
         self.runtime.engine_host_code_allowed = False
-        self._workspace: DeviceBuffer | None = None
+        self.memory = WorkingMemory(self.cuda.allocate, self.lock)
         self._fault_told = False
         forked.watch(self)
 
@@ -95,21 +95,8 @@ class Gpu:
                 logger.warning("what was on the GPU is let go of all the same: %s", exc)
             self._fault_told = True
 
-    def workspace(self, nbytes: int) -> DeviceBuffer:
-        """Memory that one engine at a time works in; it only grows."""
-        if self._workspace is None or self._workspace.nbytes < nbytes:
-            self.cuda.synchronize()
-            self._workspace = None
-            self._workspace = self.cuda.allocate(nbytes)
-        return self._workspace
-
-    def release_workspace(self) -> None:
-        """Gives the workspace back; the next call takes a new one. Never raises."""
-        self.settle()
-        self._workspace = None
-
     def create_context(self, engine: Any, spec: PlanSpec, kernels: bytes | None, graphs: bool) -> tuple[Any, Any]:
-        """A context that works in the workspace, and the cache of its kernels; see `Library.create_context`."""
+        """A context that works in memory it is given, and the cache of its kernels; see `Library.create_context`."""
         return self._library.create_context(engine, spec, kernels, graphs)
 
     def failure(self, what: str) -> EngineError:

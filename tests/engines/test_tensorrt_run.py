@@ -32,6 +32,7 @@ from t2v_rt.engines.tensorrt.engine import choose_profile
 from t2v_rt.engines.tensorrt.gpu import KernelCache, make_log
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
 from t2v_rt.errors import OutOfMemoryError
+from tests.support.host_card import Reason
 
 RTX = "tensorrt-rtx"
 
@@ -242,6 +243,8 @@ def test_the_library_has_what_is_called(library: Library) -> None:
         for name in names:
             assert hasattr(owner, name), f"{owner.__name__}.{name}"
             assert f".{name}" in users or name == "nbytes"
+    reasons = trt.EngineInvalidityDiagnostics.__members__
+    assert {reason.name: reason.value for reason in Reason} == {name: item.value for name, item in reasons.items()}
     source = inspect.getsource(cuda) + inspect.getsource(devices)
     called = set(re.findall(r"\b(?:self\._rt|runtime)\.(cuda\w+)", source))
     assert called >= {"cudaMalloc", "cudaMemcpyAsync", "cudaHostAlloc", "cudaSetDeviceFlags", "cudaMemGetInfo"}

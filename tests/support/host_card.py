@@ -7,13 +7,14 @@ states, profiles and workspaces are handled as the library asks for; nothing of 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,16 +29,13 @@ from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.onnxruntime.imported import ort
 
-SUCCESS, OUT_OF_MEMORY, INVALID, NO_SUCH_DEVICE = 0, 2, 1, 101
+SUCCESS, OUT_OF_MEMORY, INVALID, INVALID_PITCH, NO_SUCH_DEVICE = 0, 2, 1, 12, 101
+ALIGNMENT = 256  # of addresses, in bytes, that tensors and workspaces need, and that fresh memory has
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 STREAM = 7  # of the first device; the others' follow
 BLOCKING = 4  # cudaDeviceScheduleBlockingSync
 NEVER_FAULT = ("cudaGetErrorString", "cudaDriverGetVersion", "cudaRuntimeGetVersion")
 HEADER = 64  # bytes of a plan that tell what it is
-REASONS = (
-    "VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME", "INSUFFICIENT_GPU_MEMORY",
-    "MALFORMED_ENGINE", "CUDA_ERROR",
-)  # fmt: skip
 DIRT = 255  # of fresh memory, a NaN in every float
 
 
@@ -57,9 +55,11 @@ class HostCuda:
         self.flags: dict[int, int] = {}  # of devices that were in use when they were set
         self._thread = threading.local()
         self._device_of: dict[int, int] = {}  # address -> device
+        self.taken = 0  # times that device memory was taken
+        self.moved: Counter[str] = Counter()  # bytes to the device (`hd`), from it (`dh`) and on it (`dd`)
         kinds = {"cudaMemcpyHostToDevice": "hd", "cudaMemcpyDeviceToHost": "dh", "cudaMemcpyDeviceToDevice": "dd"}
         self.cudaMemcpyKind = SimpleNamespace(**kinds)
-        self._memory: dict[str, dict[int, ctypes.Array[ctypes.c_ubyte]]] = {"d": {}, "h": {}}
+        self._memory: dict[str, dict[int, NDArray[np.uint8]]] = {"d": {}, "h": {}}
 
     def __getattribute__(self, name: str) -> Any:
         found = object.__getattribute__(self, name)
@@ -87,22 +87,23 @@ class HostCuda:
         """The bytes at an address."""
         for start, block in self._memory[where].items():
             if start <= address and address + nbytes <= start + len(block):
-                return np.frombuffer(memoryview(block), np.uint8, nbytes, address - start)
+                return block[address - start : address - start + nbytes]
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")
 
     def _allocate(self, where: str, nbytes: int) -> tuple[int, int | None]:
         if where == "d" and self.used("d", self.current) + nbytes > self.capacity:
             return OUT_OF_MEMORY, None
         assert self.flags.get(self.current) == BLOCKING, "whoever waits for this device keeps a core busy"
-        block = (ctypes.c_ubyte * nbytes)()
-        ctypes.memset(block, DIRT, nbytes)
-        self._memory[where][ctypes.addressof(block)] = block
+        memory = np.full(nbytes + ALIGNMENT, DIRT, np.uint8)
+        address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._memory[where][address] = memory[address - memory.ctypes.data :][:nbytes]
         if where == "d":
-            self._device_of[ctypes.addressof(block)] = self.current
+            self._device_of[address] = self.current
         self.peak = max(self.peak, self.used())
-        return SUCCESS, ctypes.addressof(block)
+        return SUCCESS, address
 
     def cudaMalloc(self, nbytes: int) -> tuple[int, int | None]:  # noqa: N802
+        self.taken += 1
         return self._allocate("d", nbytes)
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[int, int | None]:  # noqa: N802
@@ -118,7 +119,24 @@ class HostCuda:
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: str, stream: int) -> tuple[int]:  # noqa: N802
         self.check_stream(stream)
+        self.moved[kind] += nbytes
         self.view(kind[1], target, nbytes)[:] = self.view(kind[0], source, nbytes)
+        return (SUCCESS,)
+
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, rows: int, kind: str, stream: int
+    ) -> tuple[int]:
+        self.check_stream(stream)
+        if width > min(target_pitch, pitch):
+            return (INVALID_PITCH,)
+        self.moved[kind] += width * rows
+        given, taken = (
+            self.view(where, address, step * (rows - 1) + width)
+            for where, address, step in ((kind[0], source, pitch), (kind[1], target, target_pitch))
+        )
+        assert not np.shares_memory(given, taken)
+        for i in range(rows):
+            taken[i * target_pitch :][:width] = given[i * pitch :][:width]
         return (SUCCESS,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[int]:  # noqa: N802
@@ -172,6 +190,18 @@ class HostLog:
     INTERNAL_ERROR, ERROR, WARNING = range(3)
 
 
+class Reason(Enum):
+    """`EngineInvalidityDiagnostics`."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
+
+
 class HostLibrary:
     """The module of the library, with the plans that it can read.
 
@@ -184,9 +214,7 @@ class HostLibrary:
     ILogger = HostLog
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
-    EngineInvalidityDiagnostics = SimpleNamespace(
-        **{name: SimpleNamespace(value=1 << bit) for bit, name in enumerate(REASONS)}
-    )
+    EngineInvalidityDiagnostics = Reason
     CudaGraphStrategy = SimpleNamespace(DISABLED="off", WHOLE_GRAPH_CAPTURE="on")
 
     def __init__(self, cuda: HostCuda, version: str, graphs: Mapping[str, tuple[Path, PlanSpec]]) -> None:
@@ -311,6 +339,7 @@ class HostContext:
         self.memory: tuple[int, int] | None = None
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.needed: int | None = None  # memory at the current shapes, once it was asked for
         self.graph: tuple[object, tuple[int, int] | None] | None = None  # tensors and workspace it was recorded on
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -319,11 +348,29 @@ class HostContext:
             raise RuntimeError("Error in set optimization profile async.")
         if index != self.profile:
             self.shapes.clear()
+            self.needed = None
         self.profile = index
         return True
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        names = {item.name for item in self.session.get_inputs()}
+        assert set(self.shapes) == names, f"{names - set(self.shapes)} have no shape yet: the partition is spoilt"
+        told = self.engine.told.profiles[self.profile]
+        sizes = self._sizes()
+        share = [min(sizes[name], size.max) / size.max for name, size in told.sizes.items() if name in sizes]
+        self.needed = int(told.context_bytes * float(np.prod(share)))
+        return self.needed
+
+    def _sizes(self) -> dict[str, int]:
+        """Symbol -> size, of the shapes that were set."""
+        declared = {item.name: item.shape for item in self.session.get_inputs()}
+        pairs = [pair for name, shape in self.shapes.items() for pair in zip(declared[name], shape, strict=True)]
+        return {str(known): size for known, size in pairs}
+
     def set_device_memory(self, address: int, nbytes: int) -> None:
-        assert nbytes >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
+        most = self.engine.get_device_memory_size_for_profile_v2(self.profile)
+        assert nbytes >= (most if self.needed is None else self.needed)
+        assert address % ALIGNMENT == 0
         self.memory = address, nbytes
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -333,10 +380,13 @@ class HostContext:
             if size != known and (not isinstance(known, str) or (known in ranges and size not in ranges[known])):
                 self.engine.runtime.log.log(HostLog.ERROR, f"{name}: {shape} is not in profile {self.profile}")
                 return False
-        self.shapes[name] = shape
+        if self.shapes.get(name) != shape:
+            self.shapes[name] = shape
+            self.needed = None
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % ALIGNMENT == 0, name
         self.addresses[name] = address
         return True
 
