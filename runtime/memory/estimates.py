@@ -50,8 +50,13 @@ class StageMemory:
         return COMPONENTS[self.name]
 
     @property
+    def work_bytes(self) -> int:
+        """What it works in: memory that the next stage has after it."""
+        return self.context_bytes + self.state_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
+        return self.weights_bytes + self.work_bytes + self.io_bytes
 
 
 def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:

@@ -187,7 +187,7 @@ def test_a_budget_above_what_is_free_is_warned_of(
             patch.setattr("sys.platform", system)
             pipe.stream("a ball", **REQUEST).close()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("this request is planned with 0.0106 GB, 0.005 GB of the GPU are free; end other programs")
+    assert line.startswith("this request is planned with 0.0105 GB, 0.005 GB of the GPU are free; end other programs")
     assert ("Prefer No Sysmem Fallback" in line) == named
     assert "\n" not in line
 
