@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.backends import Backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component, Engine
 from t2v_rt.runtime.first_use import is_proven, proven
+from t2v_rt.runtime.memory.estimates import StageMemory
 from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.system import forked
 
@@ -30,7 +32,7 @@ class Components:
         self.bundle = bundle
         self._backend = backend
         self._loaded: dict[str, Component] = {}
-        self._used: dict[str, tuple[int, int]] = {}  # the largest boundary and workspace that each was used with
+        self._used: dict[str, int] = {}  # what each holds beside its weights, of the largest video it was used for
         self._users: Counter[str] = Counter()  # stages that are using a component now
         self._keepers: Counter[str] = Counter()  # runs on their way whose plans keep a component loaded
         self._lock = threading.RLock()
@@ -53,10 +55,8 @@ class Components:
 
     @property
     def held_bytes(self) -> int:
-        """Of the components that are loaded now: weights, boundaries and the workspace that they were used with."""
-        used = list(self._used.values())
-        workspace = max((context for _, context in used), default=0)
-        return self.weights_bytes + sum(crossing for crossing, _ in used) + workspace
+        """Of the components that are loaded now: weights and what else they hold."""
+        return self.weights_bytes + sum(list(self._used.values()))
 
     @contextmanager
     def following(self, plan: MemoryPlan) -> Iterator[None]:
@@ -75,15 +75,14 @@ class Components:
     def _make_room(self, plan: MemoryPlan) -> None:
         """Releases what an earlier run has left larger than a plan knows it, where its budget lacks the room for that.
 
-        Buffers at the boundary of an engine, and the workspace, grow with the videos and do not shrink.
+        Buffers at the boundary of an engine grow with the videos and do not shrink.
         """
         used = {**self._used}
         if plan.budget_bytes is None or plan.beside(used).peak_bytes <= plan.budget_bytes:
             return
-        planned = {stage.component: (stage.io_bytes, stage.context_bytes) for stage in plan.stages}
-        for name, sizes in used.items():
-            if any(size > known for size, known in zip(sizes, planned.get(name, sizes), strict=True)):
-                self.release(name)
+        for stage in plan.stages:
+            if used.get(stage.component, 0) > self._held(stage):
+                self.release(stage.component)
 
     def get(self, name: str) -> Component:
         """A component's engines, loaded at the first use, and tested at the first on this device."""
@@ -95,19 +94,15 @@ class Components:
     def _load(self, name: str) -> Component:
         """Loads a component from the files that were opened, and tests it."""
         spec, device = self.bundle.manifest.components[name], self._backend.device
-        with self.bundle.held(self.bundle.component_files(name)):
+        with ExitStack() as undo, self.bundle.held(self.bundle.component_files(name)):
+            component = self._backend.load(self.bundle.folder, name, spec)
+            undo.callback(component.close)
             if not is_proven(self.bundle, name, device):
-                component = self._backend.load(self.bundle.folder, name, spec)
-                try:
-                    for _ in proven(self.bundle, name, [component], device):
-                        pass
-                except BaseException:
-                    component.close()
-                    raise
-                if all(graph.plan is None or len(graph.plan.profiles) == 1 for graph in spec.graphs.values()):
-                    return component
-                component.close()  # with the memory for sizes that the work may have no room for
-            return self._backend.load(self.bundle.folder, name, spec)
+                for _ in proven(self.bundle, name, [component], device):
+                    pass
+                component.trim()  # of what a test of other sizes than a plan counts has left
+            undo.pop_all()
+        return component
 
     @contextmanager
     def stage(self, name: str, plan: MemoryPlan) -> Iterator[Component]:
@@ -137,8 +132,12 @@ class Components:
         """Remembers what a component holds after a stage of a plan."""
         for stage in plan.stages:
             if stage.component == name:
-                crossing, context = self._used.get(name, (0, 0))
-                self._used[name] = max(crossing, stage.io_bytes), max(context, stage.context_bytes)
+                self._used[name] = max(self._used.get(name, 0), self._held(stage))
+
+    def _held(self, stage: StageMemory) -> int:
+        """What a stage's engines hold after it, beside weights: graphs are run in memory that each has for itself."""
+        planned = backend_info(self.bundle.manifest.backend).ahead_of_time
+        return stage.io_bytes + (0 if planned else stage.context_bytes)
 
     def engines(self, name: str, plan: MemoryPlan) -> Generator[Engine, None, None]:
         """A component's engines in the order they run: all of them loaded or, where no plan keeps them, one by one."""

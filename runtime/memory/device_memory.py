@@ -47,7 +47,7 @@ class Holder(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Of what is loaded now: its weights, boundaries and the workspace that it was used with."""
+        """Of what is loaded now: its weights and what else it holds between calls."""
         ...
 
     def release_idle(self) -> None:

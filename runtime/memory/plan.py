@@ -94,19 +94,18 @@ class MemoryPlan:
     def _most(self, held: Callable[[StageMemory], int]) -> int:
         """The most of any stage: what it works in, what its engines hold, and what those hold that stay loaded.
 
+        What one stage has worked in serves the next. It stays as large as it was, until an engine is loaded or closed.
+
         Args:
             held: what is counted of loaded engines.
         """
         kept = [stage for stage in self.stages if stage.component in self.kept]
-        workspace = max((stage.context_bytes for stage in kept), default=0)  # it never shrinks while engines stay
-        working = (
-            stage.state_bytes
-            + max(stage.context_bytes, workspace)
-            + (0 if stage in kept else held(stage))
-            + self._previewing(stage, held)
+        left = max((stage.work_bytes for stage in kept), default=0)
+        most = max(
+            (left if stage in kept else held(stage) + stage.work_bytes) + self._previewing(stage, held)
             for stage in self.stages
         )
-        return sum(map(held, kept)) + max(working)
+        return sum(map(held, kept)) + most
 
     def _previewing(self, stage: StageMemory, held: Callable[[StageMemory], int]) -> int:
         """What previews add to a stage; on the CPU an engine works in memory of its own, on a card it may find less
@@ -161,17 +160,14 @@ class MemoryPlan:
         for count in range(len(order) - 1, -1, -1):
             yield self.keeping(order[:count])
 
-    def beside(self, used: Mapping[str, tuple[int, int]]) -> MemoryPlan:
-        """The same plan where components still hold what an earlier run, of a larger video, had of them.
+    def beside(self, used: Mapping[str, int]) -> MemoryPlan:
+        """The same plan where components still hold at their boundary what an earlier run, of a larger video, took.
 
         Args:
-            used: component -> bytes at its boundary, and of its workspace.
+            used: component -> bytes.
         """
-        stages = []
-        for stage in self.stages:
-            crossing, context = used.get(stage.component, (0, 0))
-            larger = max(crossing, stage.io_bytes), max(context, stage.context_bytes)
-            stages.append(replace(stage, io_bytes=larger[0], context_bytes=larger[1]))
+        larger = (max(stage.io_bytes, used.get(stage.component, 0)) for stage in self.stages)
+        stages = (replace(stage, io_bytes=size) for stage, size in zip(self.stages, larger, strict=True))
         return replace(self, stages=tuple(stages))
 
     def of_stage(self, name: str) -> MemoryPlan:
