@@ -43,7 +43,7 @@ class Backend(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Of the device's own memory, what is free now, whoever holds the rest; None as for `memory_bytes`."""
+        """Of the device's own memory, what is free now, whoever holds the rest; None where that is not known."""
         ...
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
