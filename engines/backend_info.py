@@ -70,7 +70,7 @@ RTX = BackendInfo(
     own_memory=True,
     native_code=True,
     parks_states=True,
-    options=frozenset({"gpus", "trust"}),
+    options=frozenset({"gpus", "trust", "attention_accumulation"}),
     least_compute=7.5,
 )
 BACKENDS: Mapping[str, BackendInfo] = {
@@ -83,7 +83,7 @@ BACKENDS: Mapping[str, BackendInfo] = {
         providers={"cpu": False, "cuda": True},
     ),
     "tensorrt-rtx": RTX,
-    "tensorrt": replace(RTX, module="tensorrt", extra="tensorrt", options=frozenset({"trust"})),
+    "tensorrt": replace(RTX, module="tensorrt", extra="tensorrt", options=RTX.options - {"gpus"}),
 }
 # options that not every backend has: how the commands spell them, and what a backend without them is like
 OPTIONS: Mapping[str, tuple[str, str]] = {
@@ -91,6 +91,7 @@ OPTIONS: Mapping[str, tuple[str, str]] = {
     "threads": ("--threads", "has no threads to set, its plans run on a GPU"),
     "trust": ("--trust", "runs no native code of a bundle"),
     "gpus": ("--gpu", "does not build for named GPUs"),
+    "attention_accumulation": ("--attention-accumulation", "chooses the sums of its attention by itself"),
 }
 
 

@@ -25,7 +25,8 @@ from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.config import read_defaults
 from t2v_rt.export.family import FAMILIES, TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions, check_precision
+from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import check_precision
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
@@ -143,6 +144,7 @@ class BuildJob:
             components={},
             targets=self.targets,
             profiles=profiles if self.makes_plans else (),
+            attention_accumulation=self.options.accumulation if self.makes_plans else "",
             encoder_id="" if estimate else self.source.encoder_digest()[:16],
         )
 
@@ -158,6 +160,7 @@ class BuildJob:
             "precision": self.precision,
             "targets": self.targets,
             "text_weights": self.text_weights,
+            "attention_accumulation": self.options.accumulation if self.makes_plans else "",
             "profiles": to_plain(profiles),
             "units": {name: self.configs.units(name) for name in self.names},
             "code": code.hexdigest(),
@@ -170,7 +173,8 @@ class BuildJob:
         asked = (self.configs, self.names, check_precision(self.precision), self.text_weights)
         if not self.makes_plans:
             return graph_units(*asked)
-        return plan_units(*asked, profiles=manifest.profiles, turing="sm75" in self.targets)
+        turing = "sm75" in self.targets
+        return plan_units(*asked, profiles=manifest.profiles, turing=turing, accumulation=self.options.accumulation)
 
     def _export(self, unit: Unit, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
         spec = components.export_component(
