@@ -69,7 +69,7 @@ def code_files(makes_plans: bool, module: str, family: str) -> list[Path]:
     files += [file for file in [runtime / "families" / f"{family}.py"] if file.is_file()]  # a program may bring its own
     if makes_plans:
         plans = Path(t2v_rt.engines.tensorrt.__path__[0])
-        files += [plans / f"{name}.py" for name in ("builder", "libraries", "worker")]
+        files += [plans / f"{name}.py" for name in ("attention", "builder", "libraries", "plan_text", "worker")]
     return files
 
 
@@ -213,8 +213,10 @@ class BuildJob:
 
         spec = self._export(unit, work.scratch)
         nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
+        sums = {role: graph_options.accumulation for role, graph_options in (unit.graph_options or {}).items()}
         builder = PlanBuilder(self.backend, self.targets)
-        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, report)))
+        built = builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, sums, report)
+        return dict(to_plain(built))
 
     def copy_embedding(self, work: WorkFolder) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""
