@@ -71,6 +71,7 @@ class Components:
                 component = self._backend.load(self.bundle.folder, name, self.bundle.manifest.components[name])
                 undo.callback(component.close)
                 check_at_first_use(self.bundle, name, lambda: [component], self._backend.device)
+                component.trim()  # of what a test of other sizes than a plan counts has left
             undo.pop_all()
         return component
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
 from t2v_rt.engines.bundle.model import ModelSpec, TextSpec
-from t2v_rt.engines.contract import Component, Feeds
+from t2v_rt.engines.contract import Component
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BundleError
 from t2v_rt.runtime.decode.tiles import Grid
@@ -29,7 +29,7 @@ class TextRule(Protocol):
         """A prompt as the reference cleans it before it is tokenized."""
         ...
 
-    def feeds(self, spec: TextSpec, length: int) -> Feeds:
+    def feeds(self, spec: TextSpec, length: int) -> Mapping[str, NDArray[Any]]:
         """What an engine of the text encoder is fed beside the hidden states of so many tokens."""
         ...
 

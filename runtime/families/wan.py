@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
 from t2v_rt.engines.bundle.model import ModelSpec, TextSpec
-from t2v_rt.engines.contract import Component, Feeds
+from t2v_rt.engines.contract import Component
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.runtime.decode.tile_decoder import FrameDecoder
 from t2v_rt.runtime.decode.tiles import Grid
@@ -123,7 +123,7 @@ class WanText:
 
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
-    def feeds(self, spec: TextSpec, length: int) -> Feeds:
+    def feeds(self, spec: TextSpec, length: int) -> Mapping[str, NDArray[Any]]:
         return {"relative_buckets": relative_buckets(length, spec.relative_buckets, spec.relative_max_distance)}
 
     def padded(self, rows: Array, length: int) -> Array:

@@ -9,7 +9,7 @@ from math import prod
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.bundle.profiles import holds, nearest_profile
-from t2v_rt.engines.specs import StateSpec
+from t2v_rt.engines.specs import ALIGNMENT, StateSpec, aligned
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.decode.tiles import WHOLE, Grid, fed_length
 
@@ -139,6 +139,11 @@ def decode_stage(
     tail, spare = _state_bytes(vae, "tail", tile_sizes)
     count = grid[0] * grid[1]
     crossing = boundary_bytes(vae, "head", whole_sizes) + boundary_bytes(vae, "tail", tile_sizes)
+    given = sum(spec.nbytes(whole_sizes) for graph in _graphs(vae, "head") for spec in graph.outputs)
+    fed = sum(spec.nbytes(tile_sizes) for graph in _graphs(vae, "tail") for spec in graph.inputs)
+    staged = crossing - given - fed  # these stay on the device, where the tail reads them
+    if grid == WHOLE and fed % ALIGNMENT == 0:  # one frame after another, each where the head left it
+        crossing -= fed
     told = [built_context(vae, role, at) for role, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
     guessed = (
@@ -152,7 +157,7 @@ def decode_stage(
         max(known) if known else guessed,
         head + written + (1 if parks else count) * tail + spare,
         kept + crossing,
-        crossing if known else 0,
+        staged if known else 0,
     )
     return decode, count * tail if parks else 0
 
@@ -160,7 +165,7 @@ def decode_stage(
 def _state_bytes(vae: ComponentSpec, role_prefix: str, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one state, and of the buffers that a call writes before they become the state."""
     states = _states(vae, role_prefix)
-    held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
+    held = {state.tensor.name: aligned(state.tensor.nbytes(sizes)) for state in states}
     written = {state.tensor.name for state in states if state.output is not None}
     return sum(held.values()), sum(held[name] for name in written)
 

@@ -229,7 +229,7 @@ def test_what_the_library_refuses_is_told(plans: Bundle, insert: Insert, monkeyp
         engine = pipe.stages.components.get("transformer").engines["model"]
         sizes = {"batch": 1, "frames": SHAPE[2], "height": SHAPE[3], "width": SHAPE[4]}
         feeds = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in engine.inputs}
-        monkeypatch.setattr("t2v_rt.engines.tensorrt.backend.choose_profile", lambda *_: 5)
+        monkeypatch.setattr("t2v_rt.engines.tensorrt.engine.choose_profile", lambda *_: 5)
         monkeypatch.setattr("tests.support.host_card.HostEngine.get_device_memory_size_for_profile_v2", lambda *_: 1)
         with pytest.raises(EngineError, match="transformer: tensorrt-rtx failed: there is no profile 5"):
             engine.infer(feeds)
