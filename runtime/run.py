@@ -232,7 +232,7 @@ class Run:
     def _warn(self, error: EngineError) -> None:
         """Warns of previews that fail, once in a run."""
         if not self._warned:
-            logger.warning("there are no previews of this video, or not of all steps: %s", error)
+            logger.warning("there are no previews of this video, or not of all steps: %s", str(error))
         self._warned = True
 
     def _call_back(self, step: int, t: float, latents: Array, prompts: Prompts) -> tuple[Array, Prompts]:

@@ -65,15 +65,15 @@ class Made:
         call: of the self-test.
         feeds: as the engine took them.
         outputs: all that it gave.
-        state: that the call was given and has changed; None where the engine has none.
-        before: copies of that state's tensors before the call; none unless they were asked for.
+        before: copies of the state's tensors before the call; none unless they were asked for.
+        after: and after it. The state itself is not held, as the next call's may need its memory.
     """
 
     call: Call
     feeds: Mapping[str, NDArray[Any]]
     outputs: Mapping[str, NDArray[Any]]
-    state: EngineState | None
     before: Mapping[str, NDArray[Any]]
+    after: Mapping[str, NDArray[Any]]
 
     @property
     def result(self) -> NDArray[Any]:
@@ -101,7 +101,7 @@ def make_calls(
         built: what the manifest says of the bundle's own, whose sizes are tested.
         untested: takes the labels of calls that may be left out and for which the device has no memory; None where
             there must be memory for all.
-        copies_states: whether states are copied before each call.
+        copies_states: whether states are copied before and after each call.
 
     Raises:
         OutOfMemoryError: no memory for a call that cannot be left out.
@@ -124,17 +124,18 @@ def make_calls(
                 state = held = None  # before the next one is made, or memory would have to hold both
                 if engine.states:
                     state, held = component.new_state(height=rows, width=columns, role_prefix=place[0]), place
-            before = {} if state is None or not copies_states else state.to_host()
+            before = state.to_host() if copies_states and state is not None else {}
             outputs = engine.infer(feeds, state)
+            after = state.to_host() if copies_states and state is not None else {}
         except OutOfMemoryError as exc:
             if lacking is None:
                 raise
-            logger.info("the self-test leaves %s out: %s", call.label, exc)
+            logger.info("the self-test leaves %s out: %s", call.label, str(exc))  # a record would keep the memory
             lacking.append(call.label)
             state, held, lost = None, None, place
             continue
         results.append(outputs[call.output])
-        yield Made(call, feeds, outputs, state, before)
+        yield Made(call, feeds, outputs, before, after)
 
 
 def record(name: str, answers: Answers, folder: Path) -> None:

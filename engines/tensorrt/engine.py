@@ -196,10 +196,8 @@ class TensorRTEngine(Engine):
         most = self._profile_bytes(self._profile)
         if self._fixed[self._profile]:
             return most
-        needed = int(self._context.update_device_memory_size_for_shapes())
-        if most and not needed:  # its word for a failure
-            raise self._gpu.failure(self.name)
-        return needed
+        # 0 is its word for nothing and for a failure: the most will do for both
+        return int(self._context.update_device_memory_size_for_shapes()) or most
 
     def _drop_context(self) -> None:
         self._keep_kernels()

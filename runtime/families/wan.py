@@ -217,7 +217,7 @@ def _decoder_calls(model: ModelSpec, built: ComponentSpec, results: Sequence[NDA
             features += results[done + len(features) :][:1]
         fed = [sizes for sizes in tails if sizes[0] <= rows * scale and sizes[1] <= columns * scale]
         tails = [sizes for sizes in tails if sizes not in fed]
-        for sizes in fed:
+        for sizes in sorted(fed, key=math.prod):
             for i, frames in enumerate(features):
                 part = frames[:1, :, : sizes[0], : sizes[1]]
                 yield Call("tail", {"features": part}, "frames", f"{_named(sizes)}.{i}", sizes != smallest_tail)

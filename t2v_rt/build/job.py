@@ -25,7 +25,8 @@ from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.config import read_defaults
 from t2v_rt.export.family import FAMILIES, TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions, check_precision
+from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import check_precision
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
@@ -68,7 +69,7 @@ def code_files(makes_plans: bool, module: str, family: str) -> list[Path]:
     files += [file for file in [runtime / "families" / f"{family}.py"] if file.is_file()]  # a program may bring its own
     if makes_plans:
         plans = Path(t2v_rt.engines.tensorrt.__path__[0])
-        files += [plans / f"{name}.py" for name in ("builder", "libraries", "worker")]
+        files += [plans / f"{name}.py" for name in ("attention", "builder", "libraries", "plan_text", "worker")]
     return files
 
 
@@ -146,6 +147,7 @@ class BuildJob:
             components={},
             targets=self.targets,
             profiles=profiles if self.makes_plans else (),
+            attention_accumulation=self.options.accumulation if self.makes_plans else "",
             encoder_id="" if estimate else self.source.encoder_digest()[:16],
         )
 
@@ -161,6 +163,7 @@ class BuildJob:
             "precision": self.precision,
             "targets": self.targets,
             "text_weights": self.text_weights,
+            "attention_accumulation": self.options.accumulation if self.makes_plans else "",
             "profiles": to_plain(profiles),
             "units": {name: self.configs.units(name) for name in self.names},
             "code": code.hexdigest(),
@@ -173,7 +176,8 @@ class BuildJob:
         asked = (self.configs, self.names, check_precision(self.precision), self.text_weights)
         if not self.makes_plans:
             return graph_units(*asked)
-        return plan_units(*asked, profiles=manifest.profiles, turing="sm75" in self.targets)
+        turing = "sm75" in self.targets
+        return plan_units(*asked, profiles=manifest.profiles, turing=turing, accumulation=self.options.accumulation)
 
     def _export(self, unit: Unit, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
         spec = components.export_component(
@@ -209,8 +213,10 @@ class BuildJob:
 
         spec = self._export(unit, work.scratch)
         nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
+        sums = {role: graph_options.accumulation for role, graph_options in (unit.graph_options or {}).items()}
         builder = PlanBuilder(self.backend, self.targets)
-        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, report)))
+        built = builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, sums, report)
+        return dict(to_plain(built))
 
     def copy_embedding(self, work: WorkFolder) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""
