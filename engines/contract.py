@@ -163,7 +163,7 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Releases the engine's memory; closing twice is allowed."""
+        """Releases the engine's memory; closing twice is allowed, and closing never fails: what is wrong is logged."""
 
     def __enter__(self) -> Self:
         return self

@@ -87,6 +87,7 @@ class TextToVideoPipeline(DiffusersHabits):
         *,
         provider: str | None = None,
         threads: int | None = None,
+        device: int | None = None,
         vae_tiles: str | Sequence[int] | None = None,
         trust: bool = False,
         prompt_cache: bool = True,
@@ -114,7 +115,7 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle = open_bundle(bundle_dir)
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
-        engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
+        engines = backend_of(bundle, backend, provider=provider, threads=threads, device=device, trust=trust)
         return cls(bundle, engines, budget, grid, prompt_cache, waits)
 
     @property

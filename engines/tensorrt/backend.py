@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
 from t2v_rt.engines.bundle.store import Bundle, check_file, check_manifest
 from t2v_rt.engines.bundle.trust import check_trust
 from t2v_rt.engines.contract import Component
+from t2v_rt.engines.devices import version_text
+from t2v_rt.engines.gpu_support import FIRST_DRIVERS, INSTEAD, TARGETS, explain_old_driver
 from t2v_rt.engines.tensorrt.cuda import Buffer
 from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_states
 from t2v_rt.engines.tensorrt.engine import TensorRTEngine
-from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache
+from t2v_rt.engines.tensorrt.gpu import Gpu, KernelCache, open_gpu
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
-from t2v_rt.errors import BackendError
+from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.system import forked
 
 
@@ -49,13 +52,39 @@ def check_target(manifest: Manifest, target: str, gpu: str) -> None:
         gpu: its name.
 
     Raises:
-        BackendError: says how to build them for it.
+        BackendError: says how to build them for it, or what to use instead where that cannot be.
     """
-    if manifest.targets and target not in manifest.targets:
-        raise BackendError(
-            f"the plans were built for {', '.join(manifest.targets)}, {gpu} is {target}; build them for it with "
-            f"t2v-rt build-engines … --gpu {target}"
-        )
+    if not manifest.targets or target in manifest.targets:
+        return
+    if target not in TARGETS:
+        raise BackendError(f"{gpu} is {target}, for which {manifest.backend} has no kernels; {INSTEAD}")
+    raise BackendError(
+        f"the plans were built for {', '.join(manifest.targets)}, {gpu} is {target}; build them for it with "
+        f"t2v-rt build-engines … --gpu {target}"
+    )
+
+
+def explain_refusal(library: Library, diagnostics: int, driver: int) -> str:
+    """Why a library does not take a plan here and what to do, by the first of its reasons, after a semicolon.
+
+    Args:
+        library: that was asked.
+        diagnostics: its reasons, each a bit; 0 where it has none.
+        driver: newest CUDA version that the driver supports, as 13050 for 13.5.
+    """
+    backend, reasons = library.backend, library.trt.EngineInvalidityDiagnostics
+    extra, again = backend_info(backend).extra, f"build it again with t2v-rt build-engines … --backend {backend}"
+    has = f"CUDA {version_text(driver)}"
+    texts = {
+        reasons.MALFORMED_ENGINE: f"it is no plan of {backend}; {again}",
+        reasons.VERSION_MISMATCH: f"it was built by another version of {backend}; {again}",
+        reasons.CUDA_ERROR: "the NVIDIA driver does not answer; t2v-rt doctor tells more",
+        reasons.OLD_CUDA_DRIVER: explain_old_driver(has, f"{backend} needs a newer one", max(FIRST_DRIVERS), extra),
+        reasons.OLD_CUDA_RUNTIME: f"it needs a newer CUDA runtime; pip install --upgrade t2v-rt[{extra}]",
+        reasons.UNSUPPORTED_CC: f"it has no kernels for this GPU; {again} --gpu …, or {INSTEAD}",
+        reasons.INSUFFICIENT_GPU_MEMORY: "the GPU has too little memory for it; t2v-rt plan tells what would fit",
+    }
+    return next((f"; {text}" for reason, text in texts.items() if diagnostics & int(reason.value)), "")
 
 
 class TensorRTComponent(Component):
@@ -101,24 +130,26 @@ class TensorRTBackend:
     Args:
         bundle: the opened bundle.
         trust: whether a bundle from elsewhere may be used: its plans are native code.
+        index: of the GPU.
 
     Raises:
         BackendError: the library is missing or of another version, the bundle is from elsewhere, or there is no GPU
             that its plans can run on.
+        EngineError: the GPU cannot be used, as after a fault of it.
     """
 
-    def __init__(self, bundle: Bundle, trust: bool = False) -> None:
-        self._bundle, self._trust = bundle, trust
+    def __init__(self, bundle: Bundle, trust: bool = False, index: int = 0) -> None:
+        self._bundle, self._trust, self._index = bundle, trust, index
         library = load_library(bundle.manifest.backend)
         check_version(bundle.manifest, library)
         check_trust(bundle.folder, trust)
         check_manifest(bundle)  # the one that is trusted is the one that was opened
-        self._gpu = Gpu(library)
+        self._library, self._gpu = library, open_gpu(library, index)
         info = self._gpu.cuda.info
         check_target(bundle.manifest, info.target, info.name)
 
-    def __reduce__(self) -> tuple[type[TensorRTBackend], tuple[Bundle, bool]]:
-        return type(self), (self._bundle, self._trust)
+    def __reduce__(self) -> tuple[type[TensorRTBackend], tuple[Bundle, bool, int]]:
+        return type(self), (self._bundle, self._trust, self._index)
 
     @property
     def device(self) -> str:
@@ -135,6 +166,13 @@ class TensorRTBackend:
     @property
     def memory_bytes(self) -> int | None:
         return self._gpu.cuda.info.memory_bytes
+
+    @property
+    def device_key(self) -> str | None:
+        return self._gpu.cuda.key
+
+    def free_bytes(self) -> int | None:
+        return self._gpu.cuda.free_bytes()
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
         """Loads the engines of a component.
@@ -163,8 +201,28 @@ class TensorRTBackend:
         return TensorRTComponent(name, spec, engines, self._gpu)
 
     def _deserialize(self, path: Path, label: str) -> Any:
+        self._gpu.begin()
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             engine = self._gpu.runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            raise self._gpu.failure(f"{label}: {path.name} cannot be loaded")
+            if engine is None:
+                failure = self._gpu.failure(f"{label}: {path.name} cannot be loaded")
+                raise type(failure)(f"{failure}{self._advice(failure, content)}")
         return engine
+
+    def _advice(self, failure: EngineError, plan: mmap.mmap) -> str:
+        """What to do where a plan cannot be loaded, after a semicolon."""
+        if not isinstance(failure, OutOfMemoryError):
+            return self._why_refused(plan)
+        free, total = (f"{nbytes / 1e9:.1f}" for nbytes in (self.free_bytes() or 0, self.memory_bytes or 0))
+        return f"; {free} of {total} GB are free, close other programs that use the GPU, which nvidia-smi lists"
+
+    def _why_refused(self, plan: mmap.mmap) -> str:
+        """What the library says of a plan's header, and what to do.
+
+        It is asked after it failed only. Before, it would refuse what works: it calls every plan invalid on a GPU that
+        it is not meant for but runs on.
+        """
+        if not self._library.builds_without_gpu:  # the other library cannot tell
+            return ""
+        _, diagnostics = self._gpu.runtime.get_engine_validity(plan[: self._gpu.runtime.engine_header_size])
+        return explain_refusal(self._library, int(diagnostics), self._gpu.cuda.info.driver)

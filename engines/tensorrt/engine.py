@@ -72,6 +72,7 @@ class TensorRTEngine(Engine):
     def __init__(self, name: str, spec: GraphSpec, engine: Any, gpu: Gpu, cache: KernelCache) -> None:
         super().__init__(name, spec)
         assert spec.plan is not None
+        self._plan = spec.plan
         self._engine, self._gpu, self._cache = engine, gpu, cache
         self._fixed = [all(size.fixed for size in item.sizes.values()) for item in spec.plan.profiles]
         # states change their buffers from call to call
@@ -123,7 +124,7 @@ class TensorRTEngine(Engine):
         with self._gpu.lock:
             if self._engine is None:
                 raise EngineError(f"{self.name}: the engine is closed; open the component again")
-            self._gpu.cuda.activate()
+            self._gpu.begin()
             try:
                 buffers = self._state_buffers(state)  # before the workspace, which lies beside them
                 self._prepare(profile, {**{name: feeds[name].shape for name in feeds}, **self._state_shapes(state)})
@@ -170,7 +171,8 @@ class TensorRTEngine(Engine):
             self._drop_context()  # with graphs that were recorded on other memory
         if self._context is None:
             self._kept = self._kept or self._cache.read()
-            self._context, self._kernels = self._gpu.create_context(self._engine, self._kept, self._records_graphs)
+            made = self._gpu.create_context(self._engine, self._plan, self._kept, self._records_graphs)
+            self._context, self._kernels = made
             if self._context is None:
                 raise self._gpu.failure(self.name)
         if profile != self._profile:
@@ -185,9 +187,8 @@ class TensorRTEngine(Engine):
                     raise self._gpu.failure(f"{self.name}: shape {list(shape)} of {name}")
             self._needed = self._needed_bytes()
             self._shapes = dict(shapes)
-        address, nbytes = self._gpu.memory.workspace(self._needed)
-        self._workspace = address
-        self._context.set_device_memory(address, nbytes)
+        self._workspace, _ = self._gpu.memory.workspace(self._needed)
+        self._context.set_device_memory(self._workspace, self._needed)  # no more: graphs were recorded on just that
 
     def _needed_bytes(self) -> int:
         """What a call works in at the shapes that the context knows; of a range, its largest sizes may take more."""
@@ -285,8 +286,7 @@ class TensorRTEngine(Engine):
         if self._kernels is None:
             return
         try:
-            with self._kernels.serialize() as memory:
-                content = bytes(memory)
+            content = bytes(self._kernels.serialize())
         except RuntimeError as exc:  # as after a fault of the GPU, when all that is left is to let go
             logger.info("compiled kernels are not kept: %s", exc)
             return
@@ -298,7 +298,7 @@ class TensorRTEngine(Engine):
         with self._gpu.lock:
             if self._engine is None:
                 return
-            self._gpu.cuda.activate()
+            self._gpu.settle()
             self._drop_context()
             self._engine = None
             self.trim()

@@ -200,6 +200,7 @@ def generate(options: GenerateOptions, progress: Progress | None = None) -> dict
         options.vram_budget,
         provider=options.provider,
         threads=options.threads,
+        device=options.device,
         trust=options.trust,
         prompt_cache=options.prompt_cache,
         vae_tiles=options.vae_tiles,

@@ -40,7 +40,7 @@ class PlanOptions:
         vram_budget: memory of the card, such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
         provider: provider of ONNX Runtime that is planned for, whether it is here or not: `cpu` (where it is left out),
-            or `cuda`, whose engines work in a card's memory.
+            or `cuda` (experimental), whose engines work in a card's memory.
         picture: svg file that the plan is drawn into as well, which takes t2v-rt[plots].
     """
 

@@ -45,6 +45,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         options.backend,
         provider=options.provider,
         threads=options.threads,
+        device=options.device,
         trust=options.trust,
     )
     if not report["passed"]:
@@ -69,6 +70,7 @@ def verify(
     *,
     provider: str | None = None,
     threads: int | None = None,
+    device: int | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Runs the self-test of every component.
@@ -86,7 +88,7 @@ def verify(
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
+    engines = backend_of(bundle, backend, provider=provider, threads=threads, device=device, trust=trust)
     verdicts = []
     for name, spec in manifest.components.items():
         with bundle.held(bundle.component_files(name)):

@@ -32,10 +32,14 @@ class Watched:
     device = identity = ""
     own_memory: bool = False
     memory_bytes: int | None = None
+    device_key: str | None = None
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.loaded, self.most = backend, 0, 0
         self._lock = threading.Lock()
+
+    def free_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component, close = self.backend.load(folder, name, spec), Component.close

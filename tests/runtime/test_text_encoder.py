@@ -47,10 +47,14 @@ class Watched:
     device: str = ""
     own_memory: bool = False
     memory_bytes: int | None = None
+    device_key: str | None = None
 
     @property
     def identity(self) -> str:
         return self.backend.identity
+
+    def free_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         component = self.backend.load(folder, name, spec)

@@ -8,13 +8,17 @@ states, profiles and workspaces are handled as the library asks for; nothing of 
 from __future__ import annotations
 
 import hashlib
+import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,31 +29,59 @@ from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.onnxruntime.imported import ort
 
-SUCCESS, OUT_OF_MEMORY, INVALID, INVALID_PITCH = 0, 2, 1, 12
+SUCCESS, OUT_OF_MEMORY, INVALID, INVALID_PITCH, NO_SUCH_DEVICE = 0, 2, 1, 12, 101
 ALIGNMENT = 256  # of addresses, in bytes, that tensors and workspaces need, and that fresh memory has
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-STREAM = 7
+STREAM = 7  # of the first device; the others' follow
+BLOCKING = 4  # cudaDeviceScheduleBlockingSync
+NEVER_FAULT = ("cudaGetErrorString", "cudaDriverGetVersion", "cudaRuntimeGetVersion")
+HEADER = 64  # bytes of a plan that tell what it is
 DIRT = 255  # of fresh memory, a NaN in every float
 
 
 class HostCuda:
     """The calls of `cuda.bindings.runtime` that are used; every address must lie in memory that is allocated.
 
+    A thread's calls go to the device that it has made its own; memory and streams are one device's.
+
     Args:
-        capacity: of the device, in bytes.
+        capacity: of each device, in bytes.
+        devices: how many there are.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.peak = capacity, 0
+    def __init__(self, capacity: int, devices: int = 1) -> None:
+        self.capacity, self.peak, self.devices = capacity, 0, devices
+        self.fault = 0  # the code of one that CUDA does not recover from; then all that does anything gives it
+        self.flags: dict[int, int] = {}  # of devices that were in use when they were set
+        self._thread = threading.local()
+        self._device_of: dict[int, int] = {}  # address -> device
         self.taken = 0  # times that device memory was taken
         self.moved: Counter[str] = Counter()  # bytes to the device (`hd`), from it (`dh`) and on it (`dd`)
         kinds = {"cudaMemcpyHostToDevice": "hd", "cudaMemcpyDeviceToHost": "dh", "cudaMemcpyDeviceToDevice": "dd"}
         self.cudaMemcpyKind = SimpleNamespace(**kinds)
         self._memory: dict[str, dict[int, NDArray[np.uint8]]] = {"d": {}, "h": {}}
 
-    def used(self, where: str = "d") -> int:
-        """Bytes that are allocated on the device (`d`) or pinned on the host (`h`)."""
-        return sum(map(len, self._memory[where].values()))
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if not name.startswith("cuda") or name in NEVER_FAULT or not callable(found):
+            return found
+        results = len(get_args(get_type_hints(found)["return"])) - 1
+
+        @wraps(found)
+        def call(*arguments: Any) -> Any:
+            return (self.fault, *[None] * results) if self.fault else found(*arguments)
+
+        return call
+
+    @property
+    def current(self) -> int:
+        """The device of the calling thread."""
+        return getattr(self._thread, "device", 0)
+
+    def used(self, where: str = "d", device: int | None = None) -> int:
+        """Bytes that are allocated on the devices, or one of them (`d`), or pinned on the host (`h`)."""
+        blocks = self._memory[where].items()
+        return sum(len(block) for address, block in blocks if device in {None, self._device_of.get(address)})
 
     def view(self, where: str, address: int, nbytes: int) -> NDArray[np.uint8]:
         """The bytes at an address."""
@@ -59,11 +91,14 @@ class HostCuda:
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")
 
     def _allocate(self, where: str, nbytes: int) -> tuple[int, int | None]:
-        if where == "d" and self.used() + nbytes > self.capacity:
+        if where == "d" and self.used("d", self.current) + nbytes > self.capacity:
             return OUT_OF_MEMORY, None
+        assert self.flags.get(self.current) == BLOCKING, "whoever waits for this device keeps a core busy"
         memory = np.full(nbytes + ALIGNMENT, DIRT, np.uint8)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._memory[where][address] = memory[address - memory.ctypes.data :][:nbytes]
+        if where == "d":
+            self._device_of[address] = self.current
         self.peak = max(self.peak, self.used())
         return SUCCESS, address
 
@@ -75,7 +110,7 @@ class HostCuda:
         return self._allocate("h", nbytes)
 
     def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
-        del self._memory["d"][address]
+        del self._memory["d"][address], self._device_of[address]
         return (SUCCESS,)
 
     def cudaFreeHost(self, address: int) -> tuple[int]:  # noqa: N802
@@ -83,7 +118,7 @@ class HostCuda:
         return (SUCCESS,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: str, stream: int) -> tuple[int]:  # noqa: N802
-        assert stream == STREAM
+        self.check_stream(stream)
         self.moved[kind] += nbytes
         self.view(kind[1], target, nbytes)[:] = self.view(kind[0], source, nbytes)
         return (SUCCESS,)
@@ -91,7 +126,7 @@ class HostCuda:
     def cudaMemcpy2DAsync(  # noqa: N802
         self, target: int, target_pitch: int, source: int, pitch: int, width: int, rows: int, kind: str, stream: int
     ) -> tuple[int]:
-        assert stream == STREAM
+        self.check_stream(stream)
         if width > min(target_pitch, pitch):
             return (INVALID_PITCH,)
         self.moved[kind] += width * rows
@@ -105,30 +140,45 @@ class HostCuda:
         return (SUCCESS,)
 
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[int]:  # noqa: N802
-        assert stream == STREAM
+        self.check_stream(stream)
         self.view("d", address, nbytes)[:] = value
         return (SUCCESS,)
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:  # noqa: N802
-        return SUCCESS, 1
+        return SUCCESS, self.devices
 
     def cudaSetDevice(self, index: int) -> tuple[int]:  # noqa: N802
-        return (SUCCESS if index == 0 else INVALID,)
+        if not 0 <= index < self.devices:
+            return (NO_SUCH_DEVICE,)
+        self._thread.device = index
+        return (SUCCESS,)
+
+    def cudaSetDeviceFlags(self, flags: int) -> tuple[int]:  # noqa: N802
+        self.flags[self.current] = flags
+        return (SUCCESS,)
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[int, Any]:  # noqa: N802
-        return SUCCESS, SimpleNamespace(name=b"host\0", major=8, minor=6, totalGlobalMem=self.capacity)
+        name = b"host\0" if self.devices == 1 else f"host {index}\0".encode()
+        return SUCCESS, SimpleNamespace(name=name, major=8, minor=6, totalGlobalMem=self.capacity)
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:  # noqa: N802
+        return SUCCESS, self.capacity - self.used("d", self.current), self.capacity
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
         return SUCCESS, 13000
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
-        return SUCCESS, STREAM
+        return SUCCESS, STREAM + self.current
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
-        return (SUCCESS if stream == STREAM else INVALID,)
+        return (SUCCESS if 0 <= stream - STREAM < self.devices else INVALID,)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
         return (SUCCESS,)
+
+    def check_stream(self, stream: int) -> None:
+        """A thread may queue work on a stream of its own device only."""
+        assert stream == STREAM + self.current
 
     def cudaGetErrorString(self, code: int) -> tuple[int, bytes]:  # noqa: N802
         return SUCCESS, b"an error"
@@ -138,6 +188,18 @@ class HostLog:
     """`ILogger`."""
 
     INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+
+class Reason(Enum):
+    """`EngineInvalidityDiagnostics`."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
 
 
 class HostLibrary:
@@ -151,6 +213,8 @@ class HostLibrary:
 
     ILogger = HostLog
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
+    EngineInvalidityDiagnostics = Reason
     CudaGraphStrategy = SimpleNamespace(DISABLED="off", WHOLE_GRAPH_CAPTURE="on")
 
     def __init__(self, cuda: HostCuda, version: str, graphs: Mapping[str, tuple[Path, PlanSpec]]) -> None:
@@ -158,6 +222,9 @@ class HostLibrary:
         self.__version__ = version
         self.compiled: list[str] = []  # kernels that were in no cache
         self.recorded = self.replayed = 0  # CUDA graphs
+        self.strategies: dict[str, str] = {}  # graph -> of its kernels, where it takes other sizes than fixed ones
+        self.refusal = 0  # why plans are refused, as bits of EngineInvalidityDiagnostics
+        self.says: list[str] = []  # what is logged where memory runs out, instead of the first library's own words
 
     def Runtime(self, log: Any) -> HostRuntime:  # noqa: N802
         return HostRuntime(self, log)
@@ -168,13 +235,22 @@ class HostRuntime:
 
     def __init__(self, module: HostLibrary, log: Any) -> None:
         self.module, self.log, self.engine_host_code_allowed = module, log, True
+        self.engine_header_size = HEADER
+
+    def get_engine_validity(self, header: Any) -> tuple[str, int]:
+        assert len(header) == HEADER
+        return "invalid", self.module.refusal
 
     def deserialize_cuda_engine(self, plan: Any) -> HostEngine | None:
         assert not self.engine_host_code_allowed
+        if self.module.refusal:
+            self.log.log(HostLog.ERROR, "the plan is not taken")
+            return None
         graph, told = self.module.graphs[hashlib.sha256(plan).hexdigest()]
         code, address = self.module.cuda.cudaMalloc(told.weights_bytes)
         if code != SUCCESS or address is None:
-            self.log.log(HostLog.ERROR, "OutOfMemory: no room for weights")
+            for line in self.module.says or ["OutOfMemory: no room for weights"]:
+                self.log.log(HostLog.ERROR, line)
             return None
         engine = HostEngine(self, graph, told)
         weakref.finalize(engine, self.module.cuda.cudaFree, address)
@@ -186,6 +262,7 @@ class HostEngine:
 
     def __init__(self, runtime: HostRuntime, graph: Path, told: PlanSpec) -> None:
         self.runtime, self.graph, self.told = runtime, graph, told
+        self.device = runtime.module.cuda.current
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return self.told.profiles[index].context_bytes
@@ -195,6 +272,11 @@ class HostEngine:
 
     def create_execution_context(self, config: HostConfig) -> HostContext:
         assert config.strategy == "user"
+        sizes = [size for profile in self.told.profiles for size in profile.sizes.values()]
+        if not all(size.fixed for size in sizes):
+            strategy = config.dynamic_shapes_kernel_specialization_strategy
+            assert strategy in {"eager", "none"}, "kernels would be compiled behind the calls, by a thread that logs"
+            self.runtime.module.strategies[self.graph.stem] = strategy
         return HostContext(self, config)
 
 
@@ -203,6 +285,7 @@ class HostConfig:
 
     strategy: str | None = None
     cuda_graph_strategy: str | None = None
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
     cache: HostCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
@@ -222,12 +305,23 @@ class HostCache:
     def __init__(self) -> None:
         self.kernels: set[str] = set()
 
-    def serialize(self) -> memoryview:
-        return memoryview("\n".join(sorted(self.kernels)).encode())
+    def serialize(self) -> HostMemory:
+        return HostMemory("\n".join(sorted(self.kernels)).encode())
 
     def deserialize(self, content: bytes) -> bool:
         self.kernels = set(content.decode().split("\n"))
         return True
+
+
+class HostMemory(bytearray):
+    """`IHostMemory`: a buffer, which still is a context manager, but warns of it."""
+
+    def __enter__(self) -> HostMemory:
+        warnings.warn("a context manager is no longer needed", DeprecationWarning, stacklevel=2)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
 
 class HostContext:
@@ -297,8 +391,12 @@ class HostContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == STREAM
+        self.cuda.check_stream(stream)
+        assert self.engine.device == self.cuda.current
         assert self.memory is not None
+        if self.cuda.fault:
+            self.engine.runtime.log.log(HostLog.ERROR, "Error Code 1: Cuda Runtime (an illegal memory access)")
+            return False
         self.cuda.view("d", *self.memory)[:] = DIRT  # what it works in holds nothing from call to call
         feeds, read = {}, []
         for item in self.session.get_inputs():
