@@ -15,7 +15,7 @@ from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 from t2v_rt.system.outputs import MANIFEST_NAME
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 BLOCKS = "blocks_"  # roles of engines that run one after another and of which each can be loaded alone
 T = TypeVar("T")
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")

@@ -63,7 +63,10 @@ class OnCard:
     device_key: str | None = None
 
     def free_bytes(self) -> int | None:
-        return self.memory_bytes
+        return None
+
+    def buffer_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         return self.backend.load(folder, name, spec)
