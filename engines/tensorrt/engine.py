@@ -188,7 +188,8 @@ class TensorRTEngine(Engine):
             self._needed = self._needed_bytes()
             self._shapes = dict(shapes)
         self._workspace, _ = self._gpu.memory.workspace(self._needed)
-        self._context.set_device_memory(self._workspace, self._needed)  # no more: graphs were recorded on just that
+        # no more than it needs: how much room states of other videos leave changes, and recorded graphs would not know
+        self._context.set_device_memory(self._workspace, self._needed)
 
     def _needed_bytes(self) -> int:
         """What a call works in at the shapes that the context knows; of a range, its largest sizes may take more."""
