@@ -27,10 +27,12 @@ import numpy as np
 from t2v_rt.cli import main as command_line
 from t2v_rt.commands.doctor import examine
 from t2v_rt.engines.backend_info import RTX
+from t2v_rt.engines.backends import load_shards
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.engines.tensorrt.device_state import StateGroup, new_states
+from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.errors import BackendError, CancelledError, OutOfMemoryError
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.noise import Generator
@@ -111,8 +113,7 @@ def memory_watch() -> Iterator[list[int]]:
     def look() -> None:
         cuda.activate()
         while not ended.wait(LOOK):
-            free, total = cuda.memory()
-            used.append(total - free)
+            used.append(cuda.info.memory_bytes - cuda.free_bytes())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -143,7 +144,7 @@ def doctor(bundle: Path, variants: Sequence[Path]) -> Figures:
 def memory(bundle: Path, variants: Sequence[Path]) -> Figures:
     """Allocates, copies both ways and compares, asks for more than there is, and lets everything go again."""
     cuda = card()
-    free, total = cuda.memory()
+    free, total = cuda.free_bytes(), cuda.info.memory_bytes
     try:
         cuda.allocate(2 * total)
     except OutOfMemoryError:
@@ -151,7 +152,7 @@ def memory(bundle: Path, variants: Sequence[Path]) -> Figures:
     else:
         raise AssertionError("twice the card's memory was given; the driver lends the machine's")
     rates = copy_rates(cuda)
-    back, _ = cuda.memory()
+    back = cuda.free_bytes()
     assert back >= free - SLACK, f"{free - back} bytes did not come back"
     return {"card": cuda.info.name, "total_bytes": total, "free_bytes": free, "gb_per_second": rates}
 
@@ -197,21 +198,19 @@ def states(bundle: Path, variants: Sequence[Path]) -> Figures:
 
 
 def plans(bundle: Path, variants: Sequence[Path]) -> Figures:
-    """Loads every plan; the memory that the library asks for is what the manifest says."""
+    """Loads every plan; the memory that each asks for is what the manifest says."""
     card()
     told: Figures = {}
     with TextToVideoPipeline.from_pretrained(bundle, trust=True) as pipe:
         for name, spec in pipe.manifest.components.items():
-            for shard in spec.shards:
-                with pipe.backend.load(pipe.bundle.folder, name, shard) as component:
-                    for role, engine in component.engines.items():
-                        assert engine.spec.plan is not None
-                        expected = [profile.context_bytes for profile in engine.spec.plan.profiles]
-                        found = engine.context_bytes()  # type: ignore[attr-defined]
-                        assert found == expected, (
-                            f"{name}.{role}: {found} bytes of context, the manifest says {expected}"
-                        )
-                        told[f"{name}.{role}"] = found
+            for shard in load_shards(pipe.backend, pipe.bundle.folder, name, spec):
+                for role, engine in shard.engines.items():
+                    assert isinstance(engine, TensorRTEngine)
+                    assert engine.spec.plan is not None
+                    expected = [profile.context_bytes for profile in engine.spec.plan.profiles]
+                    found = [engine.profile_bytes(i) for i in range(len(expected))]
+                    assert found == expected, f"{name}.{role} asks for {found}, the manifest says {expected}"
+                    told[f"{name}.{role}"] = found
     return {"context_bytes": told}
 
 
@@ -297,7 +296,7 @@ def kernel_bytes() -> int:
 def full(bundle: Path, variants: Sequence[Path]) -> Figures:
     """A card that is nearly full: a smaller decode, or one line that says why not; and memory comes back."""
     cuda = card()
-    free, _ = cuda.memory()
+    free = cuda.free_bytes()
     if free <= LEFT_FREE:
         raise LeftOutError(f"{free / 1e9:.1f} GB are free already")
     held = cuda.allocate(free - LEFT_FREE)
@@ -307,7 +306,7 @@ def full(bundle: Path, variants: Sequence[Path]) -> Figures:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
             code = command_line(["generate", PROMPT, "--engines", str(bundle), *output])
     del held
-    back, _ = cuda.memory()
+    back = cuda.free_bytes()
     lines = said.getvalue().strip().splitlines()
     assert code in (0, 2), lines[-1:]
     assert back >= free - SLACK, f"{(free - back) / 1e9:.2f} GB did not come back"
