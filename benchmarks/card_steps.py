@@ -44,7 +44,7 @@ BLOCK = 256 << 20  # bytes that are copied both ways
 CALLS = 3  # of a denoiser, after the first
 PROMPT, TOKENS, TIMESTEP = "a red ball bouncing on a blue background", 40, 700.0
 NUM_STEPS = 2  # of a video: each is the same, and what they cost is known from one
-SMALL_BUDGET, SMALL_TILES = "4GiB", "3x4"
+SMALL_BUDGET = "4GiB"
 SLACK = 64 << 20  # bytes that a driver keeps of what was given back
 LOOK = 0.05  # seconds between looks at a card's memory
 LEFT_FREE = 3 << 30  # bytes of a card that is nearly full
@@ -98,9 +98,15 @@ def command(*arguments: str) -> Figures:
 
 def video(bundle: Path, folder: Path, *options: str) -> Figures:
     """Makes a short video; returns what was told of it, and the most of the card that was in use meanwhile."""
-    output = ["--output", str(folder / "video.npy"), "--num-inference-steps", str(NUM_STEPS), "--seed", "0", "--trust"]
+    return told_of(bundle, folder, PROMPT, "--num-inference-steps", str(NUM_STEPS), "--seed", "0", *options)
+
+
+def told_of(bundle: Path, folder: Path, *arguments: str) -> Figures:
+    """Runs generate with these arguments; returns what `video` does."""
     with memory_watch() as used:
-        told = command("generate", PROMPT, "--engines", str(bundle), *output, *options)
+        told = command(
+            "generate", *arguments, "--engines", str(bundle), "--output", str(folder / "video.npy"), "--trust"
+        )
     kept = ("frames_sha256", "stage_seconds", "said")
     return {**{name: told[name] for name in kept}, "peak_card_bytes": max(used, default=None)}
 
@@ -269,13 +275,19 @@ def videos(bundle: Path, variants: Sequence[Path]) -> Figures:
             "first": video(bundle, Path(folder)),
             "second": video(bundle, Path(folder)),
             "encoded anew": video(bundle, Path(folder), "--no-prompt-cache"),
-            "small": video(bundle, Path(folder), "--vram-budget", SMALL_BUDGET, "--vae-tiles", SMALL_TILES),
+            "small": video(bundle, Path(folder), "--vram-budget", SMALL_BUDGET, *smallest_tiles(bundle)),
         }
     frames = {name: item["frames_sha256"] for name, item in made.items()}
     planned = {"first": read_plan(bundle), "small": read_plan(bundle, "--vram-budget", SMALL_BUDGET)}
     result = {**made, "planned_bytes": {name: item["peak_bytes"] for name, item in planned.items()}}
     assert len(set(frames.values())) == 1, f"not the same frames: {frames}"
     return result
+
+
+def smallest_tiles(bundle: Path) -> tuple[str, ...]:
+    """The option for the smallest tiles that a bundle's decoder was built for; none where it works on the whole."""
+    tiles = open_bundle(bundle).manifest.components["vae_decoder"].tiles
+    return () if tiles is None or not tiles.grids else ("--vae-tiles", "{}x{}".format(*tiles.grids[-1]))
 
 
 def warm(bundle: Path, variants: Sequence[Path]) -> Figures:
@@ -318,9 +330,9 @@ def extras(bundle: Path, variants: Sequence[Path]) -> Figures:
     card()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = video(bundle, folder, "--save-latents", str(folder / "latents.npy"))
+        plain = video(bundle, folder, "--save-latents", str(folder / "latents.npz"))
         seen = video(bundle, folder, "--preview", str(folder / "preview.png"))
-        again = video(bundle, folder, "--from-latents", str(folder / "latents.npy"))
+        again = told_of(bundle, folder, "--from-latents", str(folder / "latents.npz"))
         images = (folder / "preview.png").stat().st_size
     assert plain["frames_sha256"] == seen["frames_sha256"] == again["frames_sha256"], "not the same frames"
     return {"preview_bytes": images, "said": seen["said"], "cancelled": cancelled(bundle)}
