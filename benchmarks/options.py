@@ -105,6 +105,7 @@ class BenchOptions(BackendOptions):
             latents_seed=self.latents_seed,
             backend=self.backend,
             provider=self.provider,
+            device=self.device,
             threads=self.threads,
             trust=self.trust,
         )

@@ -7,13 +7,11 @@ milliseconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from t2v_rt.engines.backends import Backend
 from t2v_rt.engines.bundle.manifest import ComponentSpec
@@ -88,9 +86,9 @@ class RecordedEngine(Engine):
         super().__init__(engine.name, engine.spec)
         self._engine, self._component, self._role, self._recorder = engine, component, role, recorder
 
-    def infer(self, feeds: Feeds, state: EngineState | None = None) -> dict[str, NDArray[Any]]:
+    def infer(self, feeds: Feeds, state: EngineState | None = None, *, keep: Sequence[str] = ()) -> dict[str, Any]:
         with self._recorder.timed(ENGINE, self._component, self._role, self._sizes(feeds)):
-            return self._engine.infer(feeds, state)
+            return self._engine.infer(feeds, state, keep=keep)
 
     def _sizes(self, feeds: Feeds) -> Sizes:
         """The symbols' sizes, of feeds that may be wrong: the engine itself says so."""
@@ -102,8 +100,8 @@ class RecordedEngine(Engine):
                     sizes.setdefault(symbol, size // int(factor or 1))
         return tuple(sorted(sizes.items()))
 
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
-        return self._engine.infer(feeds, state)
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, Any]:
+        return self._engine.infer(feeds, state, keep=keep)
 
     def close(self) -> None:
         self._engine.close()
@@ -136,6 +134,16 @@ class RecordedBackend:
     @property
     def memory_bytes(self) -> int | None:
         return self.backend.memory_bytes
+
+    @property
+    def device_key(self) -> str | None:
+        return self.backend.device_key
+
+    def free_bytes(self) -> int | None:
+        return self.backend.free_bytes()
+
+    def buffer_bytes(self) -> int | None:
+        return self.backend.buffer_bytes()
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         with self.recorder.timed(LOAD, name):

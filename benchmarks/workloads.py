@@ -71,6 +71,7 @@ class Job:
         latents_seed: of the noise that every run begins with.
         backend: of the bundle, or None.
         provider: of ONNX Runtime, or None.
+        device: index of the GPU, or None.
         threads: of each engine; None for as many as there are cores.
         trust: whether plans from elsewhere may run.
     """
@@ -88,6 +89,7 @@ class Job:
     latents_seed: int = 0
     backend: str | None = None
     provider: str | None = None
+    device: int | None = None
     threads: int | None = None
     trust: bool = False
 

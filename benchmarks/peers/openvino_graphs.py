@@ -55,11 +55,12 @@ class OpenVinoEngine(Engine):
         super().__init__(name, spec)
         self._request = compiled.create_infer_request()
 
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, NDArray[Any]]:
         if self._request is None:
             raise EngineError(f"{self.name}: the engine is closed; open the component again")
         tensor = import_module("openvino").Tensor
-        fed = {name: np.require(array, requirements="W") for name, array in feeds.items()}  # must live until the end
+        # arrays must be writeable, C-contiguous, and live until the end
+        fed = {name: np.require(np.asarray(array), requirements=("C", "W")) for name, array in feeds.items()}
         for name, array in fed.items():
             self._request.set_tensor(name, tensor(array, shared_memory=True))
         if isinstance(state, ArrayState):
@@ -94,6 +95,9 @@ class OpenVinoComponent(Component):
         spare = arrays(self.written(role_prefix))
         return [ArrayState(arrays(self.states(role_prefix)), spare, sizes) for _ in range(count)]
 
+    def trim(self) -> None:
+        """Does nothing: what requests hold is theirs."""
+
 
 @dataclass(frozen=True)
 class OpenVinoBackend:
@@ -110,6 +114,15 @@ class OpenVinoBackend:
     identity: str = "openvino"
     own_memory: bool = False
     memory_bytes: int | None = None
+    device_key: str | None = None
+
+    def free_bytes(self) -> int | None:
+        """The host's memory is no device's own."""
+        return None
+
+    def buffer_bytes(self) -> int | None:
+        """The host's memory is no device's own."""
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OpenVinoComponent:
         """Compiles the graphs of a component."""

@@ -41,7 +41,9 @@ MakeBackend = Callable[[Bundle, Job], Backend]
 
 def own_backend(bundle: Bundle, job: Job) -> Backend:
     """The backend that the bundle was built for."""
-    return backend_of(bundle, job.backend, provider=job.provider, threads=job.threads, trust=job.trust)
+    return backend_of(
+        bundle, job.backend, provider=job.provider, threads=job.threads, device=job.device, trust=job.trust
+    )
 
 
 def nothing_missing(job: Job) -> str:
