@@ -125,7 +125,9 @@ class Measurement:
             "plan": ours.get("plan"),
             "yardstick": self.measured,
             "rates": rates,
-            "bounds": {"missing": why} if counted is None else {"rows": bounds.shares(counted, before)},
+            "bounds": {"missing": why}
+            if counted is None
+            else {"rows": bounds.shares(counted, bounds.better(*rates.values()))},
         }
 
     def _what(self, ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def _copy() -> float:
     return 2 * COPIED / min(times)
 
 
+def better(*rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Of rates that were measured before and after, the higher ones: others may have had the machine meanwhile."""
+    return {name: max(item[name] for item in rates) for name in ("matmul_gflops", "copy_gbytes")}
+
+
 def works(bundle: Bundle, calls: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Work]]:
     """The engine calls of a run, as `PipelineRunner.facts` tells them, each with its work.
 

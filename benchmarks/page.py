@@ -163,6 +163,8 @@ def _bounds(workload: Mapping[str, Any]) -> Iterator[str]:
         f"after, copies at {before['copy_gbytes']:.1f} GB/s"
     )
     found = workload["bounds"]
+    if any(row["share"] > 1 for row in found.get("rows", ())):
+        yield "others had the machine while its rates were measured: shares of the limit above 100 % say nothing"
     if "missing" in found:
         yield f"work was not counted: {found['missing']}"
     for row in found.get("rows", ()):

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from t2v_rt.benchmarks.bounds import shares, works
+from t2v_rt.benchmarks.bounds import better, shares, works
 from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.benchmarks.work import Work, count
 from t2v_rt.engines.bundle.manifest import GraphSpec
@@ -99,6 +99,11 @@ def test_a_transposed_product_and_a_convolution_in_groups_are_counted_as_they_ar
     grouped = helper.make_node("Conv", ["x", "w"], ["out"], group=2, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
     found = count_one(tmp_path, [grouped], {"x": (1, 4, 10, 10), "w": (6, 2, 3, 3)})
     assert found.convolutions == 2 * (6 * 10 * 10) * (2 * 3 * 3)
+
+
+def test_the_higher_rate_is_the_limit() -> None:
+    quick, slow = ({"matmul_gflops": rate, "copy_gbytes": 10 / rate, "shapes": {}} for rate in (2.0, 1.0))
+    assert better(slow, quick) == {"matmul_gflops": 2.0, "copy_gbytes": 10.0}
 
 
 def test_the_share_of_the_limit_is_that_of_the_slower_of_both_limits(narrow: Tiny) -> None:
