@@ -151,7 +151,7 @@ def read_plan(stream: BinaryIO) -> PlanText:
 def _texts(stream: BinaryIO) -> Iterator[bytes]:
     """The text of each program, the sources that follow it included."""
     starts = list(_find_all(stream, HEAD))
-    for start, end in zip(starts, [*starts[1:], None], strict=True):
+    for start, end in zip(starts, [*starts, None][1:], strict=True):
         stream.seek(start)
         blocks: list[bytes] = []
         left = None if end is None else end - start
