@@ -169,9 +169,9 @@ def test_a_text_is_found_wherever_pieces_of_the_file_end(monkeypatch: pytest.Mon
     parts = [program([fused("Attention_1")], source("Ampere_hmma_fp32", "Ampere_hmma_fp32")), program([])]
     whole = read(*parts)
     assert len(whole.programs) == 2
-    for piece in range(40, 60):
+    for piece in (5, 11, *range(40, 60)):
         monkeypatch.setattr(plan_text, "PIECE", piece)
-        monkeypatch.setattr(plan_text, "BLOCK", 2 * piece)
+        monkeypatch.setattr(plan_text, "BLOCK", 20 * piece)
         assert read(*parts) == whole
 
 
