@@ -27,6 +27,8 @@ class BackendInfo:
         options: names in `OPTIONS` that it has; others are refused.
         providers: that it can run on, the default first, and whether engines work in a card's memory there.
         least_compute: compute capability that a GPU must have; None where it needs none.
+        least_version: of its library.
+        for_cuda_12: package that takes the library's place beside a driver too old for CUDA 13; empty where none does.
     """
 
     module: str
@@ -40,6 +42,8 @@ class BackendInfo:
     options: frozenset[str] = frozenset()
     providers: Mapping[str, bool] = field(default_factory=dict)
     least_compute: float | None = None
+    least_version: str = ""
+    for_cuda_12: str = ""
 
     @property
     def default_provider(self) -> str | None:
@@ -70,8 +74,10 @@ RTX = BackendInfo(
     own_memory=True,
     native_code=True,
     parks_states=True,
-    options=frozenset({"gpus", "trust", "attention_accumulation"}),
+    options=frozenset({"attention_accumulation", "device", "gpus", "trust"}),
     least_compute=7.5,
+    least_version="1.7",  # before it each convolution of a context took tens of MB of the host's memory
+    for_cuda_12="tensorrt-rtx-cu12",
 )
 BACKENDS: Mapping[str, BackendInfo] = {
     "onnxruntime": BackendInfo(
@@ -79,14 +85,23 @@ BACKENDS: Mapping[str, BackendInfo] = {
         "",
         ("fp32", "fp16"),
         "its processors lack it",
-        options=frozenset({"provider", "threads"}),
+        options=frozenset({"device", "provider", "threads"}),
         providers={"cpu": False, "cuda": True},
+        least_version="1.22",
     ),
     "tensorrt-rtx": RTX,
-    "tensorrt": replace(RTX, module="tensorrt", extra="tensorrt", options=RTX.options - {"gpus"}),
+    "tensorrt": replace(
+        RTX,
+        module="tensorrt",
+        extra="tensorrt",
+        options=RTX.options - {"gpus"},
+        least_version="10.15",  # the first that reads Attention and RMSNormalization of a graph
+        for_cuda_12="tensorrt-cu12",
+    ),
 }
 # options that not every backend has: how the commands spell them, and what a backend without them is like
 OPTIONS: Mapping[str, tuple[str, str]] = {
+    "device": ("--device", "has no GPUs to choose from"),
     "provider": ("--provider", "has no providers to choose from, its plans run on a GPU"),
     "threads": ("--threads", "has no threads to set, its plans run on a GPU"),
     "trust": ("--trust", "runs no native code of a bundle"),

@@ -10,6 +10,7 @@ from t2v_rt.engines.backend_info import backend_info, check_backend, check_optio
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
+from t2v_rt.engines.devices import check_index
 from t2v_rt.errors import BackendError
 
 
@@ -36,6 +37,19 @@ class Backend(Protocol):
         """Of the device in all, where it has memory of its own; None where that is not known, or the machine's."""
         ...
 
+    @property
+    def device_key(self) -> str | None:
+        """The same for all that share the device's memory in this process; None where that is the machine's."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Of the device's own memory, what is free now, whoever holds the rest; None where it is not known."""
+        ...
+
+    def buffer_bytes(self) -> int | None:
+        """Of the device's own memory, what this process holds beside weights; None where its library does not tell."""
+        ...
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         """Loads the engines of one component."""
         ...
@@ -48,13 +62,16 @@ def load_shards(backend: Backend, folder: Path, name: str, spec: ComponentSpec) 
             yield component
 
 
-def get_backend(name: str, *, provider: str | None = None, threads: int | None = None) -> Backend:
+def get_backend(
+    name: str, *, provider: str | None = None, threads: int | None = None, device: int | None = None
+) -> Backend:
     """Makes a backend ready that can load components of any bundle.
 
     Args:
         name: of a backend that runs graphs.
         provider: provider of ONNX Runtime, `cpu` or `cuda`; None for `cpu`.
         threads: threads of each engine on the CPU; None for as many as there are cores.
+        device: index of the GPU, as CUDA counts them; None for the first.
 
     Raises:
         BackendError: unknown, not installed, or not usable on this machine; or an option that it does not have.
@@ -62,10 +79,10 @@ def get_backend(name: str, *, provider: str | None = None, threads: int | None =
     info = backend_info(name)
     if info.ahead_of_time:
         raise BackendError(f"{name} runs the plans of a bundle; open one that was built for it")
-    check_options(name, {"provider": provider, "threads": threads})
+    check_options(name, {"provider": provider, "threads": threads, "device": device})
     from t2v_rt.engines.onnxruntime.backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(str(info.default_provider) if provider is None else provider, threads)
+    return OnnxRuntimeBackend(str(info.default_provider) if provider is None else provider, threads, device)
 
 
 def backend_of(
@@ -74,6 +91,7 @@ def backend_of(
     *,
     provider: str | None = None,
     threads: int | None = None,
+    device: int | None = None,
     trust: bool = False,
 ) -> Backend:
     """Makes the backend ready that a bundle was built for.
@@ -83,6 +101,7 @@ def backend_of(
         name: must be the bundle's own; None takes that one.
         provider: provider of ONNX Runtime, `cpu` or `cuda`; None for `cpu`.
         threads: threads of each engine on the CPU; None for as many as there are cores.
+        device: index of the GPU, as CUDA counts them; None for the first.
         trust: whether plans may be run that were not built on this machine by this user.
 
     Raises:
@@ -92,9 +111,10 @@ def backend_of(
     built_for = bundle.manifest.backend
     if name is not None and check_backend(name) != built_for:
         raise BackendError(f"{bundle.folder} was built for {built_for}, not {name}; build it for {name}")
-    check_options(built_for, {"provider": provider, "threads": threads, "trust": trust or None})
+    given = {"provider": provider, "threads": threads, "device": device, "trust": trust or None}
+    check_options(built_for, given)
     if not backend_info(built_for).ahead_of_time:
-        return get_backend(built_for, provider=provider, threads=threads)
+        return get_backend(built_for, provider=provider, threads=threads, device=device)
     from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 
-    return TensorRTBackend(bundle, trust)
+    return TensorRTBackend(bundle, trust, check_index(device))

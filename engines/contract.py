@@ -1,9 +1,14 @@
 """The engine contract: what every backend gives, and what the runtime relies on.
 
 - An engine holds nothing of a request: two threads may call one engine at the same time, each with its own state.
-- Feeds are C-contiguous NumPy arrays of exactly the declared dtypes and shapes; they are read, never kept or changed.
-  A read-only one (`flags.writeable` is False) must stay as it is for as long as it lives: a device may keep its copy.
+- Feeds are NumPy arrays of exactly the declared dtypes and shapes, with any strides; they are read, never kept or
+  changed. A read-only one (`flags.writeable` is False) must stay as it is for as long as it lives: a device may keep
+  its copy.
 - Outputs are NumPy arrays that belong to the caller and stay valid after the next call and after `close()`.
+- An output that a call is asked to keep stays where the engine works, and is what another engine of the component may
+  be fed, whole or a window of it: `kept[i : i + 1, :, rows, columns]`. Where engines work in the host's memory it is a
+  NumPy array, else a `DeviceArray`. It belongs to the caller and stays valid as well; its memory serves later calls
+  once nothing refers to it or a window of it any more.
 - State is made by the component, owned by the caller (one per video, one per tile), kept on the device between calls
   and shared by the component's engines. If a call fails, the state it was given must not be used again.
 """
@@ -13,8 +18,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
+import numpy as np
 from numpy.typing import NDArray
 
 from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec
@@ -22,7 +28,35 @@ from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import EngineError
 
 T = TypeVar("T")
-Feeds = Mapping[str, NDArray[Any]]
+
+
+class DeviceArray(ABC):
+    """An output that was kept where its engine works, or a window of it, which lies there as well."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype[Any]:
+        """Of its values."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @abstractmethod
+    def __getitem__(self, window: slice | tuple[slice, ...]) -> Self:
+        """A window, without a copy: a slice of step 1 for each of the first dimensions, as of a NumPy array."""
+
+    @abstractmethod
+    def to_host(self) -> NDArray[Any]:
+        """A copy on the host."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+Array = NDArray[Any] | DeviceArray
+Feeds = Mapping[str, Array]
 
 
 def rotate(states: Sequence[StateSpec], current: MutableMapping[str, T], spare: MutableMapping[str, T]) -> None:
@@ -83,22 +117,32 @@ class Engine(ABC):
     def states(self) -> tuple[StateSpec, ...]:
         return self.spec.states
 
-    def infer(self, feeds: Feeds, state: EngineState | None = None) -> dict[str, NDArray[Any]]:
+    @overload
+    def infer(self, feeds: Feeds, state: EngineState | None = None) -> dict[str, NDArray[Any]]: ...
+
+    @overload
+    def infer(self, feeds: Feeds, state: EngineState | None = None, *, keep: Sequence[str]) -> dict[str, Any]: ...
+
+    def infer(self, feeds: Feeds, state: EngineState | None = None, *, keep: Sequence[str] = ()) -> Mapping[str, Array]:
         """Runs the engine once.
 
         Args:
-            feeds: input name -> array, of the dtypes and shapes in `inputs`.
+            feeds: input name -> array, of the dtypes and shapes in `inputs`; kept outputs of the component's engines
+                among them.
             state: updated in place; needed exactly where `states` is not empty.
+            keep: names of outputs that stay where the engine works.
 
         Returns:
             Output name -> new array, of the dtypes and shapes in `outputs`.
 
         Raises:
-            EngineError: a feed is missing, unknown or of the wrong dtype or shape; the state is missing, surplus or
-                made for other sizes; or the backend failed.
+            EngineError: a feed is missing, unknown, of the wrong dtype or shape, or on another device; the state is
+                missing, surplus or made for other sizes; an unknown output is to be kept; or the backend failed.
         """
         self._check(feeds, state)
-        return self._run(feeds, state)
+        if unknown := sorted(set(keep) - {spec.name for spec in self.outputs}):
+            raise EngineError(f"{self.name}: {unknown} are to be kept; expected of {[x.name for x in self.outputs]}")
+        return self._run(feeds, state, keep)
 
     def _check(self, feeds: Feeds, state: EngineState | None) -> None:
         expected = [spec.name for spec in self.inputs]
@@ -114,12 +158,12 @@ class Engine(ABC):
             raise EngineError(f"{self.name}: state made for {dict(state.sizes)}, fed {sizes}; make a new state")
 
     @abstractmethod
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, Any]:
         """Runs the engine on checked feeds."""
 
     @abstractmethod
     def close(self) -> None:
-        """Releases the engine's memory; closing twice is allowed."""
+        """Releases the engine's memory; closing twice is allowed, and closing never fails: what is wrong is logged."""
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +230,10 @@ class Component(ABC):
                 call with a parked one saves the one that was used longest ago and brings it in. None for all.
                 Where the device is the host, it changes nothing.
         """
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Gives back the memory that nobody's data is in; later calls take what they need anew."""
 
     def close(self) -> None:
         """Closes all engines."""

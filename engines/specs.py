@@ -5,14 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from t2v_rt.errors import BundleError, EngineError
 
 DTYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+ALIGNMENT = 256  # bytes: where tensors on a card begin at multiples of it, as its allocator and its libraries have it
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes on a card, before the next one begins."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Shaped(Protocol):
+    """What is known of an array without looking into it."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its values."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ class TensorSpec:
         """Bytes of the tensor for given sizes of the symbols."""
         return prod(self.resolve(sizes)) * self.numpy_dtype.itemsize
 
-    def check(self, array: NDArray[Any], sizes: dict[str, int], engine: str) -> None:
+    def check(self, array: Shaped, sizes: dict[str, int], engine: str) -> None:
         """Checks an array against the spec and binds the symbols it meets first.
 
         Args:
@@ -75,7 +94,7 @@ class TensorSpec:
         Raises:
             EngineError: dtype, rank or a size differs.
         """
-        fits = array.dtype == self.numpy_dtype and array.ndim == len(self.shape)
+        fits = array.dtype == self.numpy_dtype and len(array.shape) == len(self.shape)
         for dim, size in zip(self.shape, array.shape, strict=False):
             factor, symbol = (dim, "") if isinstance(dim, int) else _factor(dim)
             expected = factor * (sizes.setdefault(symbol, size // factor) if symbol else 1)

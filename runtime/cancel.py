@@ -14,15 +14,18 @@ def check_event(cancel: threading.Event | None) -> threading.Event | None:
     return cancel
 
 
-def check_cancelled(cancel: threading.Event | None, stage: str) -> None:
+def check_cancelled(cancel: threading.Event | None, stage: str, finished: str = "") -> None:
     """Stops a request whose event is set.
 
     Args:
         cancel: the request's event, or None.
         stage: that the request is in.
+        finished: what could not be broken off and was finished first, such as a call of an engine; nothing where the
+            event was looked at right before.
 
     Raises:
         CancelledError: the event is set.
     """
     if cancel is not None and cancel.is_set():
-        raise CancelledError(f"the request was cancelled in stage {stage}; the pipeline can be called again")
+        when = f"; {finished}, which cannot be broken off, was finished first" if finished else ""
+        raise CancelledError(f"the request was cancelled in stage {stage}{when}; the pipeline can be called again")

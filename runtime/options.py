@@ -54,15 +54,17 @@ class BackendOptions:
 
     Args:
         backend: backend that the bundle was built for; another one is refused, and none need be named.
-        provider: provider of ONNX Runtime: `cpu` (where it is left out) or `cuda`.
+        provider: provider of ONNX Runtime: `cpu` (where it is left out) or `cuda`, which is experimental.
         threads: threads of each engine of ONNX Runtime; all cores where it is left out, and never more than this
             process may use.
+        device: index of the GPU that engines run on, as CUDA counts them (the fastest is 0); 0 where it is left out.
         trust: run plans that were not built on this machine by this user; they are native code.
     """
 
     backend: str | None = option(None, metavar="NAME")
     provider: str | None = option(None, metavar="NAME")
     threads: int | None = option(None, read=int, metavar="COUNT")
+    device: int | None = option(None, read=int, metavar="INDEX")
     trust: bool = option(False)
 
 

@@ -12,7 +12,7 @@ from t2v_rt import console
 from t2v_rt.commands import COMMANDS, command_of
 from t2v_rt.errors import RequestError, T2VError, VerificationError
 
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, console.INTERRUPTED
 EXAMPLE = 'example: t2v-rt generate "a red ball bouncing" --engines build/demo --output ball.mp4 --seed 7'
 
 

@@ -6,16 +6,22 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TextIO
 
 from t2v_rt.errors import T2VError
+from t2v_rt.system.temporaries import remove_unfinished
 
 STREAMS = (0, 1, 2)
+INTERRUPTED = 130  # exit code
+PATIENCE = (
+    1.0  # seconds that an interrupt may wait for an engine's call before that is said: on the CPU few take longer
+)
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # those that the system has; they end a command
 
 
@@ -102,9 +108,15 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 class Ending:
-    """Whether a signal came that ends the command."""
+    """Whether a signal ends the command: what it interrupts has been told."""
 
-    came = False
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal came."""
+        return self.told.is_set()
 
 
 @contextmanager
@@ -113,6 +125,7 @@ def ended_by_signals() -> Iterator[Ending]:
 
     Only the first counts: further ones, but for interrupts, would end the cleaning up. One that is ignored, as under
     nohup, stays so. The interrupt does not always come out as one: what it ends may make an error of its own of it.
+    While an engine's call goes on, nothing can be told to end; see `_interrupted_calls`.
     """
     ending = Ending()
     if threading.current_thread() is not threading.main_thread():
@@ -120,7 +133,7 @@ def ended_by_signals() -> Iterator[Ending]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        ending.came = True
+        ending.told.set()
         for known in before:
             if known != signal.SIGINT:
                 signal.signal(known, signal.SIG_IGN)
@@ -132,7 +145,47 @@ def ended_by_signals() -> Iterator[Ending]:
     for number in before:
         signal.signal(number, interrupt)
     try:
-        yield ending
+        with _interrupted_calls(ending) if signal.SIGINT in before else nullcontext():
+            yield ending
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def _interrupted_calls(ending: Ending) -> Iterator[None]:
+    """Says what an interrupt waits for, and ends the process at a second one that finds it still waiting.
+
+    Python gives a signal to the main thread between two of its own instructions, and a call of an engine is one: on a
+    card it takes up to 13 seconds. Another thread hears of it at once, through the socket that Python writes it to.
+    """
+    heard, told = socket.socketpair()
+    with heard, told:
+        told.setblocking(False)
+        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        if before != -1:  # a program's own, which calls the command
+            signal.set_wakeup_fd(before)
+            yield
+            return
+        thread = threading.Thread(target=_wait_for_interrupts, args=(heard, ending), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            told.shutdown(socket.SHUT_WR)
+            thread.join()
+
+
+def _wait_for_interrupts(heard: socket.socket, ending: Ending) -> None:
+    """Until nobody can write any more."""
+    waiting = False
+    while number := heard.recv(1):
+        if number[0] != signal.SIGINT or ending.told.wait(0.0 if waiting else PATIENCE):
+            continue
+        if waiting:
+            remove_unfinished()
+            tell("t2v-rt: interrupted")
+            os._exit(INTERRUPTED)
+        waiting = True
+        tell("t2v-rt: ending after the engine's call in progress; press Ctrl-C again to end at once")

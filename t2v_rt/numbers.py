@@ -6,6 +6,7 @@ Each function returns a plain Python value, so that what is kept of a setting is
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
@@ -39,3 +40,9 @@ def as_flag(value: object) -> bool | None:
 def _scalar(value: object) -> object:
     """What a 0-d array holds; anything else as it is."""
     return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+def is_older(version: str, least: str) -> bool:
+    """Whether a version such as `1.7.1.116` comes before another one, which may have fewer parts."""
+    parts = [int(part) for part in re.findall(r"\d+", least)]
+    return [int(part) for part in re.findall(r"\d+", version)][: len(parts)] < parts

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.backend_info import BACKENDS
 from t2v_rt.engines.bundle.manifest import BLOCKS, ComponentSpec, GraphSpec
-from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.contract import Component, DeviceArray, Engine, EngineState, Feeds, rotate
+from t2v_rt.engines.devices import card_bytes, check_index, device_key
+from t2v_rt.engines.onnxruntime import cuda_provider
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.engines.onnxruntime.linked_graph import FOLDER_OPTION, real_graph
 from t2v_rt.engines.specs import TensorSpec
-from t2v_rt.engines.tensorrt.cuda import card_bytes
 from t2v_rt.errors import BackendError, EngineError, OutOfMemoryError
 from t2v_rt.numbers import as_integer
 from t2v_rt.system import forked
@@ -33,13 +34,9 @@ ERRORS_ONLY = 3  # ONNX Runtime's log level
 # threads: then results do not depend on how many are asked for.
 COLUMNS_PER_THREAD = 128
 FEW_THREADS = 2
-PROVIDERS: Mapping[str, tuple[str, dict[str, str]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    # on a small card the arena must not double on growth, nor cuDNN try out workspaces of any size
-    "cuda": (
-        "CUDAExecutionProvider",
-        {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
-    ),
+PROVIDERS: Mapping[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": cuda_provider.PROVIDER,
 }
 
 
@@ -86,14 +83,20 @@ class OrtEngine(Engine):
         self._session = None
         self._closed = "the engine belongs to the process that this one was forked from; call the pipeline anew"
 
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Outputs to keep are on the host as well: where engines work, or where the provider's give what they made."""
         if self._session is None:
             raise EngineError(f"{self.name}: {self._closed}")
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, array in feeds.items():
+            if isinstance(array, DeviceArray):
+                raise EngineError(f"{self.name}: {name!r} is on a GPU; expected a NumPy array, as its to_host() gives")
+            arrays[name] = np.asarray(array, order="C")
         try:
             if not isinstance(state, OrtState):
-                values = self._session.run([spec.name for spec in self.outputs], dict(feeds))
+                values = self._session.run([spec.name for spec in self.outputs], arrays)
                 return dict(zip([spec.name for spec in self.outputs], values, strict=True))
-            return self._run_bound(self._session, feeds, state)
+            return self._run_bound(self._session, arrays, state)
         except EngineError:
             raise
         except Exception as exc:  # ONNX Runtime's own exceptions have no common base below Exception
@@ -101,7 +104,9 @@ class OrtEngine(Engine):
                 raise OutOfMemoryError(f"{self.name}: ONNX Runtime ran out of memory") from exc
             raise EngineError(f"{self.name}: ONNX Runtime failed: {str(exc).splitlines()[0][:300]}") from exc
 
-    def _run_bound(self, session: ort.InferenceSession, feeds: Feeds, state: OrtState) -> dict[str, NDArray[Any]]:
+    def _run_bound(
+        self, session: ort.InferenceSession, feeds: Mapping[str, NDArray[Any]], state: OrtState
+    ) -> dict[str, NDArray[Any]]:
         binding = session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
@@ -125,7 +130,7 @@ class OrtEngine(Engine):
 class OrtComponent(Component):
     """A component whose engines are ONNX Runtime sessions."""
 
-    device = "cpu"
+    device, index = "cpu", 0
 
     def new_states(
         self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
@@ -134,13 +139,18 @@ class OrtComponent(Component):
 
         def buffers(tensors: Sequence[TensorSpec]) -> Buffers:
             zeros = {spec.name: np.zeros(spec.resolve(sizes), spec.numpy_dtype) for spec in tensors}
-            return {name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, 0) for name, zero in zeros.items()}
+            return {
+                name: ort.OrtValue.ortvalue_from_numpy(zero, self.device, self.index) for name, zero in zeros.items()
+            }
 
         try:
             spare = buffers(self.written(role_prefix))
             return [OrtState(buffers(self.states(role_prefix)), spare, sizes) for _ in range(count)]
         except MemoryError as exc:
             raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
+
+    def trim(self) -> None:
+        """Does nothing: a session's arena is its own, and plans count it as long as the session is there."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +159,17 @@ class OnnxRuntimeBackend:
 
     Args:
         provider: `cpu` or `cuda`.
-    threads: of one engine; None for as many as there are cores. Never more than this process may use. The text encoder
-        has fewer, or two at least, where its result would depend on their number.
+        threads: of one engine; None for as many as there are cores. Never more than this process may use. The text
+            encoder has fewer, or two at least, where its result would depend on their number.
+        index: of the GPU, for `cuda`; None for the first.
 
     Raises:
-        BackendError: unknown provider, or one that this installation of ONNX Runtime lacks.
+        BackendError: unknown provider, one that this installation of ONNX Runtime lacks, or no such GPU.
     """
 
     provider: str = "cpu"
     threads: int | None = None
+    index: int | None = None
 
     def __post_init__(self) -> None:
         BACKENDS["onnxruntime"].has_own_memory(self.provider)  # refuses an unknown one
@@ -165,20 +177,31 @@ class OnnxRuntimeBackend:
         if self.threads is not None and (threads is None or threads < 1):
             raise BackendError(f"threads is {self.threads!r}; expected an integer of 1 or more")
         object.__setattr__(self, "threads", usable_threads(threads))
-        if PROVIDERS[self.provider][0] not in ort.get_available_providers():
+        if self.own_memory:
+            cuda_provider.check_provider()
+        elif self.index is not None:
             raise BackendError(
-                f"this ONNX Runtime has no provider {self.provider!r}; install t2v-rt[cuda] on a machine with a GPU"
+                f"provider {self.provider} has no GPUs to choose from; leave --device (device=) out, or use "
+                "--provider cuda"
             )
+        if self.index is not None:
+            cuda_provider.check_card(check_index(self.index))
 
     @property
     def device(self) -> str:
-        """Empty on the CPU, where bundles' answers were computed; else the provider and ONNX Runtime's version."""
-        return "" if self.provider == "cpu" else f"{self.provider}, ONNX Runtime {ort.__version__}"
+        """Empty on the CPU, where bundles' answers were computed; else provider, GPU and ONNX Runtime's version."""
+        if not self.own_memory:
+            return ""
+        return f"{self.provider}, {cuda_provider.describe_card(self._index)}, ONNX Runtime {ort.__version__}"
 
     @property
     def identity(self) -> str:
         """Provider and version, and the machine, whose processor chooses the kernels."""
-        return f"{self.provider}, ONNX Runtime {ort.__version__}, {platform.node()}"
+        return f"{self.device or f'{self.provider}, ONNX Runtime {ort.__version__}'}, {platform.node()}"
+
+    @property
+    def _index(self) -> int:
+        return self.index or 0
 
     @property
     def own_memory(self) -> bool:
@@ -188,7 +211,19 @@ class OnnxRuntimeBackend:
     @property
     def memory_bytes(self) -> int | None:
         """Of the card, which CUDA tells and ONNX Runtime does not; None, and told once, where it cannot be asked."""
-        return card_bytes("cuda") if self.own_memory else None
+        return card_bytes(cuda_provider.EXTRA, self._index)[1] if self.own_memory else None
+
+    @property
+    def device_key(self) -> str | None:
+        """The card, by the name that plans on it have as well; None for the machine's memory."""
+        return device_key(self._index) if self.own_memory else None
+
+    def free_bytes(self) -> int | None:
+        """Of the card now, as CUDA tells."""
+        return card_bytes(cuda_provider.EXTRA, self._index)[0] if self.own_memory else None
+
+    def buffer_bytes(self) -> None:
+        """Nobody knows what ONNX Runtime's arenas hold."""
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.
@@ -210,7 +245,7 @@ class OnnxRuntimeBackend:
             columns = int(graph.outputs[0].shape[-1]) if role.startswith(BLOCKS) else 0
             engines[role] = OrtEngine(label, graph, self._session(folder / graph.path, label, columns))
         component = OrtComponent(name, spec, engines)
-        component.device = self.provider
+        component.device, component.index = self.provider, self._index
         return component
 
     def _engine_threads(self, columns: int) -> int:
@@ -237,15 +272,26 @@ class OnnxRuntimeBackend:
         options.log_severity_level = ERRORS_ONLY
         options.inter_op_num_threads = 1
         options.use_deterministic_compute = True
-        name, settings = PROVIDERS[self.provider]
         source: str | bytes = native_name(path)
         if (linked := real_graph(path)) is not None:
             source, folder = linked
             options.add_session_config_entry(FOLDER_OPTION, str(folder))
         try:
             with forked.loading:
-                return ort.InferenceSession(source, options, providers=[(name, settings)])
+                session = self._open(source, options)
         except Exception as exc:  # as above
             raise EngineError(
                 f"{label}: ONNX Runtime cannot load {path.name}: {str(exc).splitlines()[0][:300]}"
             ) from exc
+        if self.own_memory:
+            cuda_provider.check_in_use(session.get_providers(), label)
+        return session
+
+    def _open(self, source: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        """A session on the provider, and on no other where that one cannot be started."""
+        settings = {}
+        if self.own_memory:
+            cuda_provider.preload()
+            settings = cuda_provider.cuda_settings(self._index)
+        providers = [(PROVIDERS[self.provider], settings)]
+        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)

@@ -6,7 +6,7 @@ Knows nothing of CUDA: it works on whatever allocates, clears and copies buffers
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -56,6 +56,7 @@ class StateGroup(Generic[B]):
         sizes: of the tensors' symbols.
         count: number of states.
         resident: how many states have their buffers on the device at a time; None for all.
+        allocate: makes the buffers; None for what the memory does.
 
     Raises:
         OutOfMemoryError: no room for the buffers.
@@ -69,29 +70,37 @@ class StateGroup(Generic[B]):
         sizes: Mapping[str, int],
         count: int,
         resident: int | None = None,
+        allocate: Callable[[int], B] | None = None,
     ) -> None:
         self.memory, self.tensors, self.sizes = memory, tuple(tensors), dict(sizes)
         self._places = count if resident is None else max(1, min(resident, count))
-        self._used: list[weakref.ref[DeviceState[B]]] = []  # the one used longest ago comes first
-        self.spare = self._buffers(written)
-        self._free = [self._buffers(tensors) for _ in range(self._places)]
+        self._used: list[tuple[weakref.ref[DeviceState[B]], dict[str, B]]] = []  # used longest ago comes first
+        make = memory.allocate if allocate is None else allocate
 
-    def _buffers(self, tensors: Sequence[TensorSpec]) -> dict[str, B]:
-        return {spec.name: self.memory.allocate(spec.nbytes(self.sizes)) for spec in tensors}
+        def buffers(specs: Sequence[TensorSpec]) -> dict[str, B]:
+            return {spec.name: make(spec.nbytes(self.sizes)) for spec in specs}
+
+        self.spare = buffers(written)
+        self._free = [buffers(tensors) for _ in range(self._places)]
 
     def activate(self, state: DeviceState[B]) -> dict[str, B]:
         """The buffers of a state, on the device; another state is parked for them where no place is free."""
-        holders = [ref for ref in self._used if (holder := ref()) is not None and holder is not state]
         if state.current is None:
-            if not self._free and len(holders) < self._places:  # a state with a place was dropped
-                self._free.append(self._buffers(self.tensors))
+            alive = []
+            for ref, buffers in self._used:
+                if ref() is None:  # the state was dropped, its place is free
+                    self._free.append(buffers)
+                else:
+                    alive.append((ref, buffers))
+            self._used = alive
             if not self._free:
-                oldest = holders.pop(0)()
+                oldest = self._used.pop(0)[0]()
                 assert oldest is not None
                 self._free.append(self._park(oldest))
             state.current = self._free.pop()
             self._fill(state, state.current)
-        self._used = [*holders, weakref.ref(state)]
+        self._used = [item for item in self._used if item[0]() is not state]
+        self._used.append((weakref.ref(state), state.current))
         return state.current
 
     def _park(self, state: DeviceState[B]) -> dict[str, B]:

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2v_rt.engines.backend_info import backend_info, check_options
+from t2v_rt.engines.bundle.profiles import PlanSpec
+from t2v_rt.engines.devices import find_devices
+from t2v_rt.engines.gpu_support import TARGETS
 from t2v_rt.errors import BackendError
+from t2v_rt.numbers import is_older
 
 logger = logging.getLogger(__name__)
-# GPUs that plans are built for by name, and what they are
-TARGETS: Mapping[str, str] = {
-    "sm75": "GeForce RTX 20",
-    "sm80": "A100",
-    "sm86": "GeForce RTX 30",
-    "sm89": "GeForce RTX 40",
-    "sm120": "GeForce RTX 50",
-}
-DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # Turing has no float32 matrix kernels here: its graphs differ
+PROMPT_LENGTH = "length"  # the size of a graph's input that is another with nearly every prompt
+# where the machine has no GPU of its own; Turing has no float32 matrix kernels here: its graphs differ
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,12 @@ class Library:
                 config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), i)
         return config
 
-    def create_context(self, engine: Any, kernels: bytes | None, graphs: bool) -> tuple[Any, Any]:
+    def create_context(self, engine: Any, spec: PlanSpec, kernels: bytes | None, graphs: bool) -> tuple[Any, Any]:
         """An execution context whose memory the caller gives it.
 
         Args:
             engine: deserialised.
+            spec: of its plan.
             kernels: kept from an earlier context, or None.
             graphs: whether calls are recorded as CUDA graphs; for shapes and addresses that do not change.
 
@@ -82,6 +81,9 @@ class Library:
         config.set_execution_context_allocation_strategy(own)
         strategies = self.trt.CudaGraphStrategy
         config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+        if (specialized := specializes(spec)) is not None:
+            strategy = self.trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategy.EAGER if specialized else strategy.NONE
         cache = config.create_runtime_cache()
         if kernels is not None and not cache.deserialize(kernels):
             logger.debug("kernels of another driver or library are compiled again")
@@ -89,20 +91,37 @@ class Library:
         return engine.create_execution_context(config), cache
 
 
+def specializes(spec: PlanSpec) -> bool | None:
+    """Whether kernels are compiled for each size that an engine is called with; None where it takes fixed sizes only.
+
+    The library's own choice is to compile them behind the first calls, in a thread of its own: then the same prompt
+    gives other last bits when it is asked for again. Here they are compiled before the first call of a size, once for
+    all later ones, or, where nearly each call has another size and is short, never.
+    """
+    ranges = [(name, size) for profile in spec.profiles for name, size in profile.sizes.items() if not size.fixed]
+    return all(name != PROMPT_LENGTH for name, _ in ranges) if ranges else None
+
+
 def load_library(backend: str) -> Library:
     """Imports the library of a backend.
 
     Raises:
-        BackendError: it is not installed, or cannot be loaded here; the extra is named.
+        BackendError: it is not installed, cannot be loaded here, or is too old; the extra is named.
     """
     info = backend_info(backend)
     try:
-        return Library(backend, importlib.import_module(info.module))
+        library = Library(backend, importlib.import_module(info.module))
     except (ImportError, OSError) as exc:
         reason = " ".join(str(exc).split())
         raise BackendError(
             f"backend {backend} needs the package {info.module!r} ({reason}); install t2v-rt[{info.extra}]"
         ) from exc
+    if is_older(library.version, info.least_version):
+        raise BackendError(
+            f"{backend} {library.version} is installed, {info.least_version} or newer is needed; "
+            f"pip install --upgrade t2v-rt[{info.extra}]"
+        )
+    return library
 
 
 def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -110,7 +129,8 @@ def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, 
 
     Args:
         backend: any.
-        gpus: names, or a text of them with commas between; None for the default.
+        gpus: names, or a text of them with commas between; None for this machine's own, and where it has none that
+            plans can be built for, `DEFAULT_TARGETS`.
 
     Returns:
         The names, each once, oldest GPU first; none where the backend does not build for named GPUs.
@@ -122,7 +142,8 @@ def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, 
     if "gpus" not in backend_info(backend).options:
         return ()
     if gpus is None:
-        return DEFAULT_TARGETS
+        own = {device.target for device in find_devices(backend_info(backend).extra)}
+        return tuple(name for name in TARGETS if name in own) or DEFAULT_TARGETS
     names = gpus.split(",") if isinstance(gpus, str) else list(gpus)
     wanted = {name.strip().lower() for name in names}
     unknown = sorted(wanted - set(TARGETS))

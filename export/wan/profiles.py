@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from t2v_rt.engines.bundle.manifest import TileSpec
-from t2v_rt.engines.bundle.model import ModelSpec
+from t2v_rt.engines.bundle.model import ModelSpec, thumbnail_size
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.export.graph import GraphOptions
 from t2v_rt.export.precision import Accumulation
@@ -59,10 +59,11 @@ def component_ranges(
         text_roles: of the text encoder's engines.
 
     Returns:
-        Component -> role -> a mapping of symbols to ranges for each profile.
+        Component -> role -> a mapping of symbols to ranges for each profile; the VAE decoder's last ones are those of
+        the thumbnails that previews decode.
     """
     text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text.length), model.text.length)}
-    frames, images, parts = [], [], []
+    frames, images, parts, thumbnails = [], [], [], []
     for profile in profiles:
         image = {
             "height": _divided(profile.height, model.latents.spatial_factor),
@@ -70,6 +71,7 @@ def component_ranges(
         }
         latents = profile.num_frames.map(model.decode.latents)
         images.append(image)
+        thumbnails.append(_thumbnails(image))
         frames.append({"batch": Range.of(1), "frames": latents, **image})
         parts += [
             {
@@ -78,7 +80,8 @@ def component_ranges(
             }
             for grid in tiles.grids
         ]
-    head, tail = _distinct(images), _distinct(parts)
+    small = [{name: sizes.map(lambda size: size * tiles.scale) for name, sizes in item.items()} for item in thumbnails]
+    head, tail = _distinct([*images, *thumbnails]), _distinct([*parts, *small])
     return {
         "text_encoder": dict.fromkeys(text_roles, (text,)),
         "transformer": {"model": _distinct(frames)},
@@ -131,6 +134,21 @@ def _most_tokens(model: ModelSpec, profiles: Sequence[Ranges]) -> int:
 def _slices(widened: int) -> int:
     """Slices for so many bytes of widened values."""
     return 1 if widened <= UNSLICED else max(LEAST_SLICES, math.ceil(widened / SLICE))
+
+
+def _thumbnails(image: Ranges) -> dict[str, Range]:
+    """The latent rows and columns of the thumbnails of all videos of a profile: their size does not rise steadily."""
+    height, width = image["height"], image["width"]
+    made = [thumbnail_size(rows, columns) for rows in _all(height) for columns in _all(width)]
+    best = thumbnail_size(height.opt, width.opt)
+    return {
+        name: Range(min(sizes), opt, max(sizes))
+        for name, opt, sizes in zip(("height", "width"), best, zip(*made, strict=True), strict=True)
+    }
+
+
+def _all(sizes: Range) -> range:
+    return range(sizes.min, sizes.max + 1)
 
 
 def _divided(pixels: Range, factor: int) -> Range:

@@ -55,14 +55,12 @@ class FrameDecoder:
             float32 (f, 3, height, width): the frames of the latent frame.
         """
         when, self._when = self._when, "next"
-        features = self._vae[f"head_{when}"].infer({"latents": np.ascontiguousarray(latents[:, :, 0])}, self._head)[
-            "features"
-        ]
-        tail = self._vae["tail"]
+        head, tail = self._vae[f"head_{when}"], self._vae["tail"]
+        features = head.infer({"latents": latents[:, :, 0]}, self._head, keep=("features",))["features"]
         frames = np.empty((len(features), COLOURS, *self._pixels), np.float32)
         for tile, state in zip(self._tiles, self._tails, strict=True):
             for i in range(len(features)):
-                fed = np.ascontiguousarray(features[i : i + 1, :, tile.rows.fed, tile.columns.fed])
+                fed = features[i : i + 1, :, tile.rows.fed, tile.columns.fed]
                 pixels = tail.infer({"features": fed}, state)["frames"][0]
                 frames[i, :, tile.rows.target, tile.columns.target] = pixels[:, tile.rows.kept, tile.columns.kept]
         return frames

@@ -19,6 +19,7 @@ Array = NDArray[np.float32]
 # 720 tokens, by nothing certain from 1280 on, where it takes more memory (benchmarks/results/guidance.json, of the
 # demo's denoiser). On a card nothing was measured, and memory is what is short there: two calls.
 ONE_BATCH_TOKENS = 720
+CALL = "the denoiser call in progress"  # which a card takes up to 13 s for; what a cancelled run says of it
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Denoiser:
         self._most = None if plan is None else max(profile.sizes["batch"].max for profile in plan.profiles)
         self._together = together
         self._cancel = cancel
-        self.prompts = prompts
+        self._take(prompts)
 
     @property
     def prompts(self) -> Prompts:
@@ -68,17 +69,27 @@ class Denoiser:
 
     @prompts.setter
     def prompts(self, prompts: Prompts) -> None:
-        given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
-        self._prompts = prompts
-        self._alone = [self._text([embeds]) for embeds in given]
-        self._both = self._text(given)
+        if prompts is not self._prompts:
+            self._take(prompts)
 
-    def _text(self, embeds: Sequence[Array]) -> dict[str, Array]:
-        """Read-only copies, which a device may keep from step to step."""
-        copies = {name: array.copy() for name, array in self._rule.inputs(self._engine.inputs, embeds).items()}
-        for array in copies.values():
+    def _take(self, prompts: Prompts) -> None:
+        given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
+        rows = sum(map(len, given))
+        self._prompts = prompts
+        self._alone = [self._texts([embeds]) for embeds in given]
+        # several calls make no batch: each is of one prediction then, and there is one text to keep of each prompt
+        batches = self._together and len(given) > 1 and rows <= (self._most or rows)
+        self._both = self._texts(given) if batches else None
+
+    def _texts(self, embeds: Sequence[Array]) -> Sequence[Mapping[str, Array]]:
+        """What each call takes of a batch's prompts: read-only copies, which a device may keep from step to step."""
+        inputs = self._rule.inputs(self._engine.inputs, embeds)
+        rows = sum(map(len, embeds))
+        most = self._most or rows
+        calls = [{name: array[i : i + most].copy() for name, array in inputs.items()} for i in range(0, rows, most)]
+        for array in (array for call in calls for array in call.values()):
             array.flags.writeable = False
-        return copies
+        return calls
 
     def predict(self, sample: Array, t: float, passes: int) -> tuple[Array, ...]:
         """The predictions of one step for all videos of the batch.
@@ -95,18 +106,18 @@ class Denoiser:
             CancelledError: the request was cancelled.
             EngineError: the engine failed.
         """
-        if passes == 2 and self._together:
+        if passes == 2 and self._both is not None:
             prediction = self._infer(np.concatenate([sample, sample]), t, self._both)
             return prediction[: len(sample)], prediction[len(sample) :]
         return tuple(self._infer(sample, t, text) for text in self._alone[:passes])
 
-    def _infer(self, sample: Array, t: float, text: Mapping[str, Array]) -> Array:
+    def _infer(self, sample: Array, t: float, texts: Sequence[Mapping[str, Array]]) -> Array:
         """One call, or as many as an engine that was built for small batches needs."""
         most = self._most or len(sample)
-        if len(sample) > most:
-            rows = [slice(i, i + most) for i in range(0, len(sample), most)]
-            parts = [{name: array[part] for name, array in text.items()} for part in rows]
-            return np.concatenate([self._infer(sample[part], t, of) for part, of in zip(rows, parts, strict=True)])
+        parts = [self._call(sample[i * most : (i + 1) * most], t, text) for i, text in enumerate(texts)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _call(self, sample: Array, t: float, text: Mapping[str, Array]) -> Array:
         check_cancelled(self._cancel, "denoise")
         feeds = {
             "hidden_states": np.ascontiguousarray(sample, np.float32),
@@ -114,6 +125,7 @@ class Denoiser:
             **text,
         }
         prediction: Array = self._engine.infer(feeds)["noise_pred"]
+        check_cancelled(self._cancel, "denoise", CALL)
         return prediction
 
 

@@ -9,12 +9,13 @@ from math import prod
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.bundle.profiles import holds, nearest_profile
-from t2v_rt.engines.specs import StateSpec
+from t2v_rt.engines.specs import ALIGNMENT, StateSpec, aligned
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.decode.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 RGB = 3 * FLOAT
+COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}  # whose engines a stage uses
 Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
@@ -44,8 +45,18 @@ class StageMemory:
     staging_bytes: int = 0
 
     @property
+    def component(self) -> str:
+        """Whose engines it uses."""
+        return COMPONENTS[self.name]
+
+    @property
+    def work_bytes(self) -> int:
+        """What it works in: memory that the next stage has after it."""
+        return self.context_bytes + self.state_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
+        return self.weights_bytes + self.work_bytes + self.io_bytes
 
 
 def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:
@@ -139,6 +150,11 @@ def decode_stage(
     tail, spare = _state_bytes(vae, "tail", tile_sizes)
     count = grid[0] * grid[1]
     crossing = boundary_bytes(vae, "head", whole_sizes) + boundary_bytes(vae, "tail", tile_sizes)
+    given = sum(spec.nbytes(whole_sizes) for graph in _graphs(vae, "head") for spec in graph.outputs)
+    fed = sum(spec.nbytes(tile_sizes) for graph in _graphs(vae, "tail") for spec in graph.inputs)
+    staged = crossing - given - fed  # these stay on the device, where the tail reads them
+    if grid == WHOLE and fed % ALIGNMENT == 0:  # one frame after another, each where the head left it
+        crossing -= fed
     told = [built_context(vae, role, at) for role, at in (("head", whole_sizes), ("tail", tile_sizes))]
     known = [context for context in told if context is not None]
     guessed = (
@@ -152,7 +168,7 @@ def decode_stage(
         max(known) if known else guessed,
         head + written + (1 if parks else count) * tail + spare,
         kept + crossing,
-        crossing if known else 0,
+        staged if known else 0,
     )
     return decode, count * tail if parks else 0
 
@@ -160,7 +176,7 @@ def decode_stage(
 def _state_bytes(vae: ComponentSpec, role_prefix: str, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one state, and of the buffers that a call writes before they become the state."""
     states = _states(vae, role_prefix)
-    held = {state.tensor.name: state.tensor.nbytes(sizes) for state in states}
+    held = {state.tensor.name: aligned(state.tensor.nbytes(sizes)) for state in states}
     written = {state.tensor.name for state in states if state.output is not None}
     return sum(held.values()), sum(held[name] for name in written)
 

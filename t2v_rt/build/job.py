@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
@@ -31,6 +31,9 @@ from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
 from t2v_rt.system.resources import available_memory_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 FULL_SIZE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 7}  # of float32 weights, in units of those stored
@@ -247,7 +250,7 @@ class BuildJob:
 
         again = self.precision != "fp32" or bool(built.weights)
         place = work.scratch if again else work.bundle
-        answers = []
+        answers: dict[str, NDArray[Any]] = {}
         for shard in built.shards:
             spec = shard
             if again:
@@ -255,7 +258,8 @@ class BuildJob:
                     name, self.source, self.configs, place, "fp32", roles=tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
-                answers += self_test.run_calls(name, component, manifest.model, built)
+                calls = self_test.make_calls(name, component, manifest.model, built)
+                answers |= {made.call.label: made.result for made in calls}
             if again:
                 remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
@@ -265,7 +269,7 @@ class BuildJob:
         """What quantized weights cost, run by ONNX Runtime: plans as the graphs that they were built from, at fp32."""
         from t2v_rt.runtime import self_test
 
-        results = []
+        results: dict[str, NDArray[Any]] = {}
         scheme = Quantization(self.text_weights, "DequantizeLinear")
         for shard in built.shards:
             place, spec = work.bundle, shard
@@ -275,7 +279,8 @@ class BuildJob:
                     name, self.source, self.configs, place, "fp32", graph_options, tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
-                results += self_test.run_calls(name, component, manifest.model, built)
+                calls = self_test.make_calls(name, component, manifest.model, built)
+                results |= {made.call.label: made.result for made in calls}
             if self.makes_plans:
                 remove_tree(place / name)
         return {"error": self_test.largest_error(name, results, work.bundle)}

@@ -14,6 +14,9 @@ from importlib import metadata, util
 from typing import Any
 
 from t2v_rt.engines.backend_info import BACKENDS, BackendInfo
+from t2v_rt.engines.gpu_support import FIRST_DRIVERS, why_unusable
+from t2v_rt.errors import BackendError
+from t2v_rt.numbers import is_older
 from t2v_rt.system.resources import available_memory_bytes
 
 LIBRARIES = (
@@ -22,6 +25,7 @@ LIBRARIES = (
 )  # fmt: skip
 GPU_FIELDS = ("name", "driver_version", "compute_cap", "memory.total", "memory.free")
 SMI_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
+EXPERIMENTAL = "experimental: it has not run on a GPU yet"
 
 EXAMPLE = "example: t2v-rt doctor"
 
@@ -41,7 +45,7 @@ def examine() -> dict[str, Any]:
 
     Returns:
         A report of plain JSON values: `python`, `system`, `cores`, `memory_bytes`, `libraries`, `gpus`, `backends`
-        (name -> `usable`, `why`, `todo`).
+        (name -> `usable`, `why`, `todo`, `note`).
     """
     gpus, gpu_problem = find_gpus()
     return {
@@ -120,6 +124,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"gpu        none: {report['gpu_problem']}")
     for name, backend in report["backends"].items():
         state = "usable" if backend["usable"] else f"no: {backend['why']}; {backend['todo']}"
+        state += f" ({backend['note']})" if backend["note"] else ""
         lines.append(f"{name:18} {state}")
     return lines
 
@@ -131,8 +136,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _verdict(why: str = "", todo: str = "") -> dict[str, Any]:
-    return {"usable": not why, "why": why, "todo": todo}
+def _verdict(why: str = "", todo: str = "", note: str = "") -> dict[str, Any]:
+    return {"usable": not why, "why": why, "todo": todo, "note": note}
 
 
 def _verdicts(
@@ -140,35 +145,45 @@ def _verdicts(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and verdict of a backend, or of each provider that it can run on."""
     if info.ahead_of_time:
-        yield name, _plans(info, gpus, gpu_problem)
+        yield name, _plans(name, info, gpus, gpu_problem)
     for provider in info.providers:
         entry = name if provider == info.default_provider else f"{name}, {provider}"
-        yield entry, _graphs(info, provider, gpus, gpu_problem)
+        yield entry, _on_card(info, gpus, gpu_problem) if info.has_own_memory(provider) else _verdict()
 
 
-def _graphs(info: BackendInfo, provider: str, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
-    from t2v_rt.engines.onnxruntime.backend import PROVIDERS
+def _on_card(info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
+    """Of ONNX Runtime's provider for GPUs."""
+    from t2v_rt.engines.onnxruntime import cuda_provider
     from t2v_rt.engines.onnxruntime.imported import ort
 
-    called, _ = PROVIDERS[provider]
-    if called not in ort.get_available_providers():
-        return _verdict(f"this ONNX Runtime has no {called}", f"install t2v-rt[{provider}] on a machine with a GPU")
-    if info.has_own_memory(provider) and not gpus:
-        return _verdict(gpu_problem, "use it on a machine with an NVIDIA GPU and driver")
-    return _verdict()
+    try:
+        cuda_provider.check_provider()
+    except BackendError as exc:
+        why, todo = str(exc).split("; ", 1)
+        return _verdict(why, todo, EXPERIMENTAL)
+    if not gpus:
+        return _verdict(gpu_problem, "use it on a machine with an NVIDIA GPU and driver", EXPERIMENTAL)
+    built_for = int(ort.cuda_version.split(".")[0] or 0)
+    return _verdict(*best_verdict("onnxruntime-gpu", info, gpus, built_for), EXPERIMENTAL)
 
 
-def _plans(info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
+def _plans(name: str, info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem: str) -> dict[str, Any]:
     if util.find_spec(info.module) is None:
         return _verdict(f"the package {info.module} is not installed", f"install t2v-rt[{info.extra}]")
     if util.find_spec("cuda") is None or util.find_spec("cuda.bindings") is None:
         return _verdict("the package cuda-bindings is not installed", f"install t2v-rt[{info.extra}]")
+    if (version := _version(info.extra)) is not None and is_older(version, info.least_version):
+        return _verdict(f"{name} {version} is older than {info.least_version}", f"install t2v-rt[{info.extra}] anew")
     if not gpus:
         builds = "engines can be built here all the same" if "gpus" in info.options else "it builds on a GPU only"
         return _verdict(gpu_problem, builds)
-    best = max(gpu["compute_capability"] for gpu in gpus)
-    if info.least_compute is not None and best < info.least_compute:
-        return _verdict(
-            f"the GPU has compute capability {best}", f"use one of {info.least_compute} or more (RTX 20 or newer)"
-        )
-    return _verdict()
+    bindings = int((_version("cuda-bindings") or "0").split(".")[0])
+    own = [major for major in FIRST_DRIVERS if _version(f"{info.extra}-cu{major}") is not None]
+    return _verdict(*best_verdict(name, info, gpus, max([bindings, *own])))
+
+
+def best_verdict(name: str, info: BackendInfo, gpus: list[dict[str, Any]], major: int) -> tuple[str, str]:
+    """Why a backend runs on none of the GPUs, and what to do, as of the first; two empty texts where one will do."""
+    cards = [(gpu["name"], gpu["compute_capability"], gpu["driver"]) for gpu in gpus]
+    verdicts = [why_unusable(name, info, card, major) for card in cards]
+    return ("", "") if ("", "") in verdicts else verdicts[0]

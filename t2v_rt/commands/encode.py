@@ -58,6 +58,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         backend=options.backend,
         provider=options.provider,
         threads=options.threads,
+        device=options.device,
         vram_budget=options.vram_budget,
         trust=options.trust,
     )
@@ -83,6 +84,7 @@ def encode(
     backend: str | None = None,
     provider: str | None = None,
     threads: int | None = None,
+    device: int | None = None,
     vram_budget: int | str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def encode(
     check_text("prompt", prompt)
     check_text("negative_prompt", negative_prompt)
     pipe = TextToVideoPipeline.from_pretrained(
-        folder, backend, vram_budget, provider=provider, threads=threads, trust=trust
+        folder, backend, vram_budget, provider=provider, threads=threads, device=device, trust=trust
     )
     negative = pipe.manifest.defaults.negative_prompt if negative_prompt is None else negative_prompt
     start = time.perf_counter()

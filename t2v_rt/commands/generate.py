@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from t2v_rt.commands.bars import Bars
 from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.bundle.manifest import Manifest, from_plain
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import PreviewError, RequestError, T2VError
 from t2v_rt.numbers import as_number
 from t2v_rt.options import option
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
@@ -29,9 +29,10 @@ from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.prompts.file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.prompts.tokenizer import check_text
 from t2v_rt.runtime.request import NO_ARRAYS, CallArrays
-from t2v_rt.runtime.run import CallHooks, FrameStream, StepCallback
+from t2v_rt.runtime.run import CallHooks, FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.schedulers.base import Scheduler
+from t2v_rt.runtime.step_callback import StepCallback
 from t2v_rt.runtime.video import (
     check_output,
     check_png,
@@ -200,6 +201,7 @@ def generate(options: GenerateOptions, progress: Progress | None = None) -> dict
         options.vram_budget,
         provider=options.provider,
         threads=options.threads,
+        device=options.device,
         trust=options.trust,
         prompt_cache=options.prompt_cache,
         vae_tiles=options.vae_tiles,
@@ -314,7 +316,7 @@ def _start(
     if embeds is not None:
         arrays = CallArrays(prompt_embeds=embeds.prompt_embeds, negative_prompt_embeds=embeds.negative_prompt_embeds)
     callback = None if options.preview is None else _preview_writer(Path(options.preview))
-    return pipe.open_stream(options, arrays, CallHooks(callback, progress=progress))
+    return pipe.open_stream(options, arrays, CallHooks(callback, progress=progress, previews=callback is not None))
 
 
 def _preview_writer(path: Path) -> StepCallback:
@@ -322,7 +324,11 @@ def _preview_writer(path: Path) -> StepCallback:
 
     def write(pipe: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
         frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.latents.spatial_factor
-        write_png(path, contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS))
+        sheet = contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS)
+        try:
+            write_png(path, sheet)
+        except T2VError as exc:
+            raise PreviewError(str(exc)) from exc
 
     return write
 

@@ -45,6 +45,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         options.backend,
         provider=options.provider,
         threads=options.threads,
+        device=options.device,
         trust=options.trust,
     )
     if not report["passed"]:
@@ -58,6 +59,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     """The report for a person."""
     return [
         f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
+        + (f"; no memory to test {', '.join(item['untested'])}" if item["untested"] else "")
         for name, item in report["components"].items()
     ]
 
@@ -69,6 +71,7 @@ def verify(
     *,
     provider: str | None = None,
     threads: int | None = None,
+    device: int | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Runs the self-test of every component.
@@ -77,7 +80,8 @@ def verify(
         folder: folder of the bundle.
 
     Returns:
-        `passed`, and for each component its error, tolerance and verdict.
+        `passed`, and for each component its error, tolerance and verdict, and the calls that were left out of it, as
+        the device has no memory for their sizes.
 
     Raises:
         BundleError: the bundle cannot be used, or carries no self-test.
@@ -86,7 +90,7 @@ def verify(
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    engines = backend_of(bundle, backend, provider=provider, threads=threads, trust=trust)
+    engines = backend_of(bundle, backend, provider=provider, threads=threads, device=device, trust=trust)
     verdicts = []
     for name, spec in manifest.components.items():
         with bundle.held(bundle.component_files(name)):
@@ -98,7 +102,12 @@ def verify(
         "provider": backend_info(manifest.backend).default_provider if provider is None else provider,
         "passed": all(verdict.passed for verdict in verdicts),
         "components": {
-            verdict.component: {"error": verdict.error, "tolerance": verdict.tolerance, "passed": verdict.passed}
+            verdict.component: {
+                "error": verdict.error,
+                "tolerance": verdict.tolerance,
+                "passed": verdict.passed,
+                "untested": list(verdict.untested),
+            }
             for verdict in verdicts
         },
     }

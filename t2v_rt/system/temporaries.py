@@ -12,8 +12,10 @@ import os
 import platform as python_platform
 import re
 import secrets
+import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -24,6 +26,7 @@ UNFINISHED, ASIDE = "tmp", "old"
 FOREIGN_SECONDS = 7 * 86_400.0  # untouched for so long, what another machine began is not going on: no video takes that
 
 _own, _numbers = secrets.token_hex(4), itertools.count()
+_begun: deque[Path] = deque(maxlen=64)  # named in this process last; a command writes fewer at a time
 
 
 def temporary_sibling(path: Path, kind: str = UNFINISHED) -> Path:
@@ -34,7 +37,20 @@ def temporary_sibling(path: Path, kind: str = UNFINISHED) -> Path:
         kind: `UNFINISHED`, or `ASIDE` for the old target while the new one takes its place.
     """
     process = f"{os.getpid()}-{_own}{next(_numbers)}"
-    return path.parent / f".{path.name[:NAME_KEPT]}.{_key(path)}.{process}.{kind}"
+    sibling = path.parent / f".{path.name[:NAME_KEPT]}.{_key(path)}.{process}.{kind}"
+    if kind == UNFINISHED:
+        _begun.append(sibling)
+    return sibling
+
+
+def remove_unfinished() -> None:
+    """Removes what this process has begun and not finished, as far as it can: for one that ends right after it."""
+    for sibling in list(_begun):
+        if sibling.is_dir() and not sibling.is_symlink():
+            shutil.rmtree(sibling, ignore_errors=True)
+        else:
+            with suppress(OSError):  # finished, never begun, or open on a system that keeps it then
+                sibling.unlink()
 
 
 def abandoned_siblings(path: Path) -> Iterator[tuple[Path, str]]:

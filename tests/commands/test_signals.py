@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -33,6 +36,69 @@ def test_a_process_that_is_told_to_end_cleans_up(narrow: Tiny, tmp_path: Path, n
         _, errors = process.communicate()
     assert (process.returncode, errors) == (cli.EXIT_INTERRUPTED, "t2v-rt: interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+IN_A_CALL = """
+import hashlib
+import signal
+import sys
+import threading
+from t2v_rt.cli import main
+from t2v_rt.commands.bars import Bars
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+gate = threading.Lock()
+
+
+def tell():
+    with gate:
+        print("here", flush=True)
+
+
+def update(self, stage, done, total, *, detail=""):
+    if (stage, done) == ("denoise", 2):
+        with gate:
+            threading.Thread(target=tell, daemon=True).start()
+            sys.setswitchinterval(1000)  # no other thread runs until this one is in the call
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour of native code, as an engine's call is
+
+
+Bars.update = update
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_waits_for_an_engines_call_and_a_second_one_does_not(narrow: Tiny, tmp_path: Path) -> None:
+    command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "out.npy")]
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_A_CALL, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "here\n"
+        assert hidden(tmp_path)  # the video is begun
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == (
+            "t2v-rt: ending after the engine's call in progress; press Ctrl-C again to end at once\n"
+        )
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (cli.EXIT_INTERRUPTED, "t2v-rt: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_listener_to_signals_stays_one() -> None:
+    heard, told = socket.socketpair()
+    with heard, told:
+        told.setblocking(False)
+        assert signal.set_wakeup_fd(told.fileno()) == -1
+        try:
+            with console.ended_by_signals():
+                signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            assert heard.recv(1) == bytes([signal.SIGTERM])
+        finally:
+            assert signal.set_wakeup_fd(-1) == told.fileno()
 
 
 @pytest.mark.parametrize("number", ENDING)

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from t2v_rt import BackendError, RequestError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
+from t2v_rt.engines import devices
 from t2v_rt.engines.backend_info import BACKENDS, OPTIONS, BackendInfo, check_options
 from t2v_rt.engines.backends import Backend, backend_of, get_backend
 from t2v_rt.engines.bundle.manifest import ComponentSpec
@@ -24,7 +25,6 @@ from t2v_rt.engines.bundle.store import Bundle, open_bundle, read_manifest, writ
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.onnxruntime.backend import PROVIDERS, OnnxRuntimeBackend
 from t2v_rt.engines.onnxruntime.imported import ort
-from t2v_rt.engines.tensorrt import cuda
 from t2v_rt.engines.tensorrt.libraries import check_targets
 from t2v_rt.export.precision import PRECISIONS
 from t2v_rt.runtime.memory.plan import CARD_RESERVE
@@ -38,6 +38,7 @@ from tests.support.host_card import HostCuda
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = ("t2v_rt", "export", "engines", "runtime", "benchmarks")
 GIVEN: dict[str, Any] = {
+    "device": 1,
     "provider": "cpu",
     "threads": 1,
     "trust": True,
@@ -59,6 +60,13 @@ class OnCard:
     own_memory: bool = True
     device: str = ""
     identity: str = "card"
+    device_key: str | None = None
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def buffer_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         return self.backend.load(folder, name, spec)
@@ -157,7 +165,8 @@ def test_a_build_for_named_gpus_is_refused_where_there_is_none(narrow: Tiny, tmp
 
 
 def test_options_that_a_backend_has_are_taken(narrow: Tiny) -> None:
-    assert vars(backend_of(open_bundle(narrow.bundle), provider="cpu", threads=1)) == {"provider": "cpu", "threads": 1}
+    taken = backend_of(open_bundle(narrow.bundle), provider="cpu", threads=1)
+    assert vars(taken) == {"provider": "cpu", "threads": 1, "index": None}
     with pytest.raises(BackendError, match="unknown provider ''"):
         TextToVideoPipeline.from_pretrained(narrow.bundle, provider="")
 
@@ -227,10 +236,10 @@ def test_the_same_plan_is_told_for_a_provider_that_is_not_here(
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ONNX Runtime that says it has CUDA."""
-    names = [name for name, _ in PROVIDERS.values()]
+    names = list(PROVIDERS.values())
     monkeypatch.setattr(ort, "get_available_providers", lambda: names)
     monkeypatch.setattr(forked, "claim_gpu", lambda: None)  # it would be this process's for good
-    cuda._tell_unknown.cache_clear()
+    devices._tell_unknown.cache_clear()
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -238,11 +247,13 @@ def test_cuda_tells_the_memory_of_the_card_that_onnx_runtime_works_on(
     narrow: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", HostCuda(8 * 10**9))
-    assert OnnxRuntimeBackend("cuda").memory_bytes == 8 * 10**9
+    card = OnnxRuntimeBackend("cuda")
+    assert (card.memory_bytes, card.free_bytes(), card.device_key) == (8 * 10**9, 8 * 10**9, "cuda:0")
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, provider="cuda")
     assert (pipe.backend.own_memory, pipe.vram_budget) == (True, 8 * 10**9)
     cpu = TextToVideoPipeline.from_pretrained(narrow.bundle)
     assert (cpu.backend.own_memory, cpu.backend.memory_bytes, cpu.vram_budget) == (False, None, None)
+    assert (cpu.backend.free_bytes(), cpu.backend.device_key) == (None, None)
 
 
 @pytest.mark.usefixtures("with_cuda")

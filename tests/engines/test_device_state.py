@@ -58,7 +58,7 @@ class HostMemory:
 class Engine(OrtEngine):
     """ONNX Runtime on state that lies in such a device's buffers."""
 
-    def _run(self, feeds: Feeds, state: EngineState | None) -> dict[str, NDArray[Any]]:
+    def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, NDArray[Any]]:
         assert isinstance(state, DeviceState)
         assert self._session is not None
         current = state.group.activate(state)

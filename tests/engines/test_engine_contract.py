@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from t2v_rt import EngineError
 from t2v_rt.engines.backends import Backend, get_backend, load_shards
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
-from t2v_rt.engines.contract import Component, Engine
+from t2v_rt.engines.contract import Component, DeviceArray, Engine
 from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 from t2v_rt.runtime import self_test
 from tests.conftest import Tiny
@@ -141,6 +141,45 @@ def test_outputs_outlive_the_next_call_and_the_engine(vae: Component) -> None:
     assert np.array_equal(features, kept + 1)
     with pytest.raises(EngineError, match="the engine is closed; open the component again"):
         engine.infer(random_feeds(engine), state)
+
+
+def test_kept_outputs_are_fed_where_they_lie(vae: Component) -> None:
+    """Whole frames and windows of them, after other calls and in several threads, as what a caller would bring back."""
+    height, width = TAIL
+    first, later, tail = vae["head_first"], vae["head_next"], vae["tail"]
+
+    def decode(seed: int, keep: bool) -> list[NDArray[Any]]:
+        head = vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head")
+        whole = vae.new_state(height=height, width=width, role_prefix="tail")
+        frames = []
+        for i, engine in enumerate((first, later, later)):
+            feeds = random_feeds(engine, seed + i)
+            given = engine.infer(feeds, head, keep=("features",) if keep else ())["features"]
+            assert isinstance(given, np.ndarray) or isinstance(given, DeviceArray) == keep
+            assert given.dtype == tail.inputs[0].numpy_dtype
+            other = vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head")
+            first.infer(random_feeds(first, 99), other, keep=("features",))  # which takes nothing that is kept
+            frames += [tail.infer({"features": given[k : k + 1]}, whole)["frames"] for k in range(len(given))]
+            assert np.array_equal(given.to_host() if isinstance(given, DeviceArray) else given, given_again(given))
+        return frames
+
+    def given_again(given: Any) -> NDArray[Any]:
+        parts = [given[k : k + 1, :, :, 0:width] for k in range(len(given))]
+        return np.concatenate([part.to_host() if isinstance(part, DeviceArray) else part for part in parts])
+
+    expected = [decode(seed, keep=False) for seed in (0, 10)]
+    found: dict[int, list[NDArray[Any]]] = {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: decode(10 * i, keep=True)})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert all(np.array_equal(one, other) for one, other in zip(found[i], expected[i], strict=True))
+    with pytest.raises(EngineError, match=r"\['colours'\] are to be kept"):
+        first.infer(
+            random_feeds(first), vae.new_state(height=HEIGHT, width=WIDTH, role_prefix="head"), keep=["colours"]
+        )
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "transformer"])

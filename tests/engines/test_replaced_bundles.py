@@ -194,6 +194,16 @@ class Interrupted:
     def memory_bytes(self) -> int | None:
         return self.backend.memory_bytes
 
+    @property
+    def device_key(self) -> str | None:
+        return self.backend.device_key
+
+    def free_bytes(self) -> int | None:
+        return self.backend.free_bytes()
+
+    def buffer_bytes(self) -> int | None:
+        return self.backend.buffer_bytes()
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         self.before()
         component = self.backend.load(folder, name, spec)

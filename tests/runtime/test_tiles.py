@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,13 +101,13 @@ def test_out_of_memory_goes_on_in_smaller_tiles(
     calls, infer = 0, OrtEngine.infer
 
     def fail_on_large_tiles(
-        engine: OrtEngine, feeds: Feeds, state: EngineState | None = None
+        engine: OrtEngine, feeds: Feeds, state: EngineState | None = None, keep: Sequence[str] = ()
     ) -> dict[str, NDArray[Any]]:
         nonlocal calls
         calls += engine.name.endswith("tail")
         if calls > 2 and state is not None and engine.name.endswith("tail") and state.nbytes > room:
             raise OutOfMemoryError("no room")  # in the second latent frame: the first is out already
-        return infer(engine, feeds, state)
+        return infer(engine, feeds, state, keep=keep)
 
     vae = pipe.stages.components.get("vae_decoder")
     spec = vae.spec.tiles

@@ -7,14 +7,18 @@ states, profiles and workspaces are handled as the library asks for; nothing of 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import threading
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import onnx
@@ -26,55 +30,90 @@ from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.onnxruntime.imported import ort
 
-SUCCESS, OUT_OF_MEMORY, INVALID = 0, 2, 1
+SUCCESS, OUT_OF_MEMORY, INVALID, INVALID_PITCH, NO_SUCH_DEVICE = 0, 2, 1, 12, 101
+ALIGNMENT = 256  # of addresses, in bytes, that tensors and workspaces need, and that fresh memory has
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+STREAM = 7  # of the first device; the others' follow
+BLOCKING = 4  # cudaDeviceScheduleBlockingSync
+NEVER_FAULT = ("cudaGetErrorString", "cudaDriverGetVersion", "cudaRuntimeGetVersion")
+HEADER = 64  # bytes of a plan that tell what it is
 # members of `DataType`
 TENSOR_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
-STREAM = 7
 DIRT = 255  # of fresh memory, a NaN in every float
 
 
 class HostCuda:
     """The calls of `cuda.bindings.runtime` that are used; every address must lie in memory that is allocated.
 
+    A thread's calls go to the device that it has made its own; memory and streams are one device's.
+
     Args:
-        capacity: of the device, in bytes.
+        capacity: of each device, in bytes.
+        devices: how many there are.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.peak = capacity, 0
+    def __init__(self, capacity: int, devices: int = 1) -> None:
+        self.capacity, self.peak, self.devices = capacity, 0, devices
+        self.fault = 0  # the code of one that CUDA does not recover from; then all that does anything gives it
+        self.flags: dict[int, int] = {}  # of devices that were in use when they were set
+        self._thread = threading.local()
+        self._device_of: dict[int, int] = {}  # address -> device
+        self.taken = 0  # times that device memory was taken
+        self.moved: Counter[str] = Counter()  # bytes to the device (`hd`), from it (`dh`) and on it (`dd`)
         kinds = {"cudaMemcpyHostToDevice": "hd", "cudaMemcpyDeviceToHost": "dh", "cudaMemcpyDeviceToDevice": "dd"}
         self.cudaMemcpyKind = SimpleNamespace(**kinds)
-        self._memory: dict[str, dict[int, ctypes.Array[ctypes.c_ubyte]]] = {"d": {}, "h": {}}
+        self._memory: dict[str, dict[int, NDArray[np.uint8]]] = {"d": {}, "h": {}}
 
-    def used(self, where: str = "d") -> int:
-        """Bytes that are allocated on the device (`d`) or pinned on the host (`h`)."""
-        return sum(map(len, self._memory[where].values()))
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if not name.startswith("cuda") or name in NEVER_FAULT or not callable(found):
+            return found
+        results = len(get_args(get_type_hints(found)["return"])) - 1
+
+        @wraps(found)
+        def call(*arguments: Any) -> Any:
+            return (self.fault, *[None] * results) if self.fault else found(*arguments)
+
+        return call
+
+    @property
+    def current(self) -> int:
+        """The device of the calling thread."""
+        return getattr(self._thread, "device", 0)
+
+    def used(self, where: str = "d", device: int | None = None) -> int:
+        """Bytes that are allocated on the devices, or one of them (`d`), or pinned on the host (`h`)."""
+        blocks = self._memory[where].items()
+        return sum(len(block) for address, block in blocks if device in {None, self._device_of.get(address)})
 
     def view(self, where: str, address: int, nbytes: int) -> NDArray[np.uint8]:
         """The bytes at an address."""
         for start, block in self._memory[where].items():
             if start <= address and address + nbytes <= start + len(block):
-                return np.frombuffer(memoryview(block), np.uint8, nbytes, address - start)
+                return block[address - start : address - start + nbytes]
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")
 
     def _allocate(self, where: str, nbytes: int) -> tuple[int, int | None]:
-        if where == "d" and self.used() + nbytes > self.capacity:
+        if where == "d" and self.used("d", self.current) + nbytes > self.capacity:
             return OUT_OF_MEMORY, None
-        block = (ctypes.c_ubyte * nbytes)()
-        ctypes.memset(block, DIRT, nbytes)
-        self._memory[where][ctypes.addressof(block)] = block
+        assert self.flags.get(self.current) == BLOCKING, "whoever waits for this device keeps a core busy"
+        memory = np.full(nbytes + ALIGNMENT, DIRT, np.uint8)
+        address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._memory[where][address] = memory[address - memory.ctypes.data :][:nbytes]
+        if where == "d":
+            self._device_of[address] = self.current
         self.peak = max(self.peak, self.used())
-        return SUCCESS, ctypes.addressof(block)
+        return SUCCESS, address
 
     def cudaMalloc(self, nbytes: int) -> tuple[int, int | None]:  # noqa: N802
+        self.taken += 1
         return self._allocate("d", nbytes)
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[int, int | None]:  # noqa: N802
         return self._allocate("h", nbytes)
 
     def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
-        del self._memory["d"][address]
+        del self._memory["d"][address], self._device_of[address]
         return (SUCCESS,)
 
     def cudaFreeHost(self, address: int) -> tuple[int]:  # noqa: N802
@@ -82,35 +121,67 @@ class HostCuda:
         return (SUCCESS,)
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: str, stream: int) -> tuple[int]:  # noqa: N802
-        assert stream == STREAM
+        self.check_stream(stream)
+        self.moved[kind] += nbytes
         self.view(kind[1], target, nbytes)[:] = self.view(kind[0], source, nbytes)
         return (SUCCESS,)
 
+    def cudaMemcpy2DAsync(  # noqa: N802
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, rows: int, kind: str, stream: int
+    ) -> tuple[int]:
+        self.check_stream(stream)
+        if width > min(target_pitch, pitch):
+            return (INVALID_PITCH,)
+        self.moved[kind] += width * rows
+        given, taken = (
+            self.view(where, address, step * (rows - 1) + width)
+            for where, address, step in ((kind[0], source, pitch), (kind[1], target, target_pitch))
+        )
+        assert not np.shares_memory(given, taken)
+        for i in range(rows):
+            taken[i * target_pitch :][:width] = given[i * pitch :][:width]
+        return (SUCCESS,)
+
     def cudaMemsetAsync(self, address: int, value: int, nbytes: int, stream: int) -> tuple[int]:  # noqa: N802
-        assert stream == STREAM
+        self.check_stream(stream)
         self.view("d", address, nbytes)[:] = value
         return (SUCCESS,)
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:  # noqa: N802
-        return SUCCESS, 1
+        return SUCCESS, self.devices
 
     def cudaSetDevice(self, index: int) -> tuple[int]:  # noqa: N802
-        return (SUCCESS if index == 0 else INVALID,)
+        if not 0 <= index < self.devices:
+            return (NO_SUCH_DEVICE,)
+        self._thread.device = index
+        return (SUCCESS,)
+
+    def cudaSetDeviceFlags(self, flags: int) -> tuple[int]:  # noqa: N802
+        self.flags[self.current] = flags
+        return (SUCCESS,)
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[int, Any]:  # noqa: N802
-        return SUCCESS, SimpleNamespace(name=b"host\0", major=8, minor=6, totalGlobalMem=self.capacity)
+        name = b"host\0" if self.devices == 1 else f"host {index}\0".encode()
+        return SUCCESS, SimpleNamespace(name=name, major=8, minor=6, totalGlobalMem=self.capacity)
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:  # noqa: N802
+        return SUCCESS, self.capacity - self.used("d", self.current), self.capacity
 
     def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
         return SUCCESS, 13000
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:  # noqa: N802
-        return SUCCESS, STREAM
+        return SUCCESS, STREAM + self.current
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
-        return (SUCCESS if stream == STREAM else INVALID,)
+        return (SUCCESS if 0 <= stream - STREAM < self.devices else INVALID,)
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
         return (SUCCESS,)
+
+    def check_stream(self, stream: int) -> None:
+        """A thread may queue work on a stream of its own device only."""
+        assert stream == STREAM + self.current
 
     def cudaGetErrorString(self, code: int) -> tuple[int, bytes]:  # noqa: N802
         return SUCCESS, b"an error"
@@ -120,6 +191,18 @@ class HostLog:
     """`ILogger`."""
 
     INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+
+class Reason(Enum):
+    """`EngineInvalidityDiagnostics`."""
+
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
 
 
 class HostLibrary:
@@ -133,6 +216,8 @@ class HostLibrary:
 
     ILogger = HostLog
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
+    EngineInvalidityDiagnostics = Reason
     CudaGraphStrategy = SimpleNamespace(DISABLED="off", WHOLE_GRAPH_CAPTURE="on")
 
     def __init__(self, cuda: HostCuda, version: str, graphs: Mapping[str, tuple[Path, PlanSpec]]) -> None:
@@ -140,6 +225,9 @@ class HostLibrary:
         self.__version__ = version
         self.compiled: list[str] = []  # kernels that were in no cache
         self.recorded = self.replayed = 0  # CUDA graphs
+        self.strategies: dict[str, str] = {}  # graph -> of its kernels, where it takes other sizes than fixed ones
+        self.refusal = 0  # why plans are refused, as bits of EngineInvalidityDiagnostics
+        self.says: list[str] = []  # what is logged where memory runs out, instead of the first library's own words
 
     def Runtime(self, log: Any) -> HostRuntime:  # noqa: N802
         return HostRuntime(self, log)
@@ -150,13 +238,22 @@ class HostRuntime:
 
     def __init__(self, module: HostLibrary, log: Any) -> None:
         self.module, self.log, self.engine_host_code_allowed = module, log, True
+        self.engine_header_size = HEADER
+
+    def get_engine_validity(self, header: Any) -> tuple[str, int]:
+        assert len(header) == HEADER
+        return "invalid", self.module.refusal
 
     def deserialize_cuda_engine(self, plan: Any) -> HostEngine | None:
         assert not self.engine_host_code_allowed
+        if self.module.refusal:
+            self.log.log(HostLog.ERROR, "the plan is not taken")
+            return None
         graph, told = self.module.graphs[hashlib.sha256(plan).hexdigest()]
         code, address = self.module.cuda.cudaMalloc(told.weights_bytes)
         if code != SUCCESS or address is None:
-            self.log.log(HostLog.ERROR, "OutOfMemory: no room for weights")
+            for line in self.module.says or ["OutOfMemory: no room for weights"]:
+                self.log.log(HostLog.ERROR, line)
             return None
         engine = HostEngine(self, graph, told)
         weakref.finalize(engine, self.module.cuda.cudaFree, address)
@@ -168,6 +265,7 @@ class HostEngine:
 
     def __init__(self, runtime: HostRuntime, graph: Path, told: PlanSpec) -> None:
         self.runtime, self.graph, self.told = runtime, graph, told
+        self.device = runtime.module.cuda.current
         declared = onnx.load(str(graph), load_external_data=False).graph
         self.tensors = {item.name: item.type.tensor_type for item in (*declared.input, *declared.output)}
 
@@ -193,6 +291,11 @@ class HostEngine:
 
     def create_execution_context(self, config: HostConfig) -> HostContext:
         assert config.strategy == "user"
+        sizes = [size for profile in self.told.profiles for size in profile.sizes.values()]
+        if not all(size.fixed for size in sizes):
+            strategy = config.dynamic_shapes_kernel_specialization_strategy
+            assert strategy in {"eager", "none"}, "kernels would be compiled behind the calls, by a thread that logs"
+            self.runtime.module.strategies[self.graph.stem] = strategy
         return HostContext(self, config)
 
 
@@ -201,6 +304,7 @@ class HostConfig:
 
     strategy: str | None = None
     cuda_graph_strategy: str | None = None
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
     cache: HostCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
@@ -220,12 +324,23 @@ class HostCache:
     def __init__(self) -> None:
         self.kernels: set[str] = set()
 
-    def serialize(self) -> memoryview:
-        return memoryview("\n".join(sorted(self.kernels)).encode())
+    def serialize(self) -> HostMemory:
+        return HostMemory("\n".join(sorted(self.kernels)).encode())
 
     def deserialize(self, content: bytes) -> bool:
         self.kernels = set(content.decode().split("\n"))
         return True
+
+
+class HostMemory(bytearray):
+    """`IHostMemory`: a buffer, which still is a context manager, but warns of it."""
+
+    def __enter__(self) -> HostMemory:
+        warnings.warn("a context manager is no longer needed", DeprecationWarning, stacklevel=2)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
 
 class HostContext:
@@ -243,6 +358,7 @@ class HostContext:
         self.memory: tuple[int, int] | None = None
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.needed: int | None = None  # memory at the current shapes, once it was asked for
         self.graph: tuple[object, tuple[int, int] | None] | None = None  # tensors and workspace it was recorded on
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -251,11 +367,29 @@ class HostContext:
             raise RuntimeError("Error in set optimization profile async.")
         if index != self.profile:
             self.shapes.clear()
+            self.needed = None
         self.profile = index
         return True
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        names = {item.name for item in self.session.get_inputs()}
+        assert set(self.shapes) == names, f"{names - set(self.shapes)} have no shape yet: the partition is spoilt"
+        told = self.engine.told.profiles[self.profile]
+        sizes = self._sizes()
+        share = [min(sizes[name], size.max) / size.max for name, size in told.sizes.items() if name in sizes]
+        self.needed = int(told.context_bytes * float(np.prod(share)))
+        return self.needed
+
+    def _sizes(self) -> dict[str, int]:
+        """Symbol -> size, of the shapes that were set."""
+        declared = {item.name: item.shape for item in self.session.get_inputs()}
+        pairs = [pair for name, shape in self.shapes.items() for pair in zip(declared[name], shape, strict=True)]
+        return {str(known): size for known, size in pairs}
+
     def set_device_memory(self, address: int, nbytes: int) -> None:
-        assert nbytes >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
+        most = self.engine.get_device_memory_size_for_profile_v2(self.profile)
+        assert nbytes >= (most if self.needed is None else self.needed)
+        assert address % ALIGNMENT == 0
         self.memory = address, nbytes
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -265,16 +399,23 @@ class HostContext:
             if size != known and (not isinstance(known, str) or (known in ranges and size not in ranges[known])):
                 self.engine.runtime.log.log(HostLog.ERROR, f"{name}: {shape} is not in profile {self.profile}")
                 return False
-        self.shapes[name] = shape
+        if self.shapes.get(name) != shape:
+            self.shapes[name] = shape
+            self.needed = None
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % ALIGNMENT == 0, name
         self.addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == STREAM
+        self.cuda.check_stream(stream)
+        assert self.engine.device == self.cuda.current
         assert self.memory is not None
+        if self.cuda.fault:
+            self.engine.runtime.log.log(HostLog.ERROR, "Error Code 1: Cuda Runtime (an illegal memory access)")
+            return False
         self.cuda.view("d", *self.memory)[:] = DIRT  # what it works in holds nothing from call to call
         feeds, read = {}, []
         for item in self.session.get_inputs():
