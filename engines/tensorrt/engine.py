@@ -187,9 +187,9 @@ class TensorRTEngine(Engine):
                     raise self._gpu.failure(f"{self.name}: shape {list(shape)} of {name}")
             self._needed = self._needed_bytes()
             self._shapes = dict(shapes)
-        address, nbytes = self._gpu.memory.workspace(self._needed)
-        self._workspace = address
-        self._context.set_device_memory(address, nbytes)
+        self._workspace, _ = self._gpu.memory.workspace(self._needed)
+        # no more than it needs: how much room states of other videos leave changes, and recorded graphs would not know
+        self._context.set_device_memory(self._workspace, self._needed)
 
     def _needed_bytes(self) -> int:
         """What a call works in at the shapes that the context knows; of a range, its largest sizes may take more."""
