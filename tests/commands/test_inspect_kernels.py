@@ -12,6 +12,8 @@ from t2v_rt.commands.inspect import describe, inspect_bundle
 from t2v_rt.engines.bundle.store import Bundle
 from tests.conftest import Tiny
 
+ROUNDING = 512  # bytes: the builder's log has up to two units of 256 more for programs of a few kilobytes
+
 
 def test_a_bundle_without_plans_says_so(narrow: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(narrow.bundle), "--kernels"]) == 0
@@ -29,10 +31,10 @@ def test_each_plan_tells_of_itself(plans: Bundle, capsys: pytest.CaptureFixture[
     assert set(report["kernels"]) == set(graphs)
     for path, graph in graphs.items():
         assert graph.plan is not None
-        (program,) = report["kernels"][path]["programs"]
-        assert tuple(program["targets"]) == plans.manifest.targets
-        own = [r["bytes"] for r in program["regions"] if (r["owner"], r["place"]) == ("user", "accelerator")]
-        assert 0 <= graph.plan.profiles[0].context_bytes - sum(own) <= 256
+        for program, profile in zip(report["kernels"][path]["programs"], graph.plan.profiles, strict=True):
+            assert tuple(program["targets"]) == plans.manifest.targets
+            own = [r["bytes"] for r in program["regions"] if (r["owner"], r["place"]) == ("user", "accelerator")]
+            assert 0 <= profile.context_bytes - sum(own) <= ROUNDING
     assert main(["inspect", str(plans.folder), "--kernels", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"].keys() == graphs.keys()
     assert main(["inspect", str(plans.folder), "--kernels"]) == 0

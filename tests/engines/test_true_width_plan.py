@@ -27,7 +27,7 @@ from t2v_rt.export.precision import Accumulation, Precision
 pytestmark = pytest.mark.slow  # builds plans
 
 RTX = "tensorrt-rtx"
-ROUNDING = 256  # bytes, that the builder's log counts on top in some plans
+ROUNDING = 256  # bytes, that the builder's log has more for some profiles of several
 # one layer of the denoiser; what is not looked at here is as narrow as it can be
 CHANGES = (
     *("transformer.num_layers=1", "transformer.ffn_dim=512", "transformer.text_dim=64"),
@@ -115,13 +115,14 @@ def test_attention_is_one_kernel_that_adds_up_in_float32(
         assert program.sources is not None
         assert 2 <= program.sources <= program.launches
         assert program.context_bytes is not None
-        assert 0 <= profile.context_bytes - program.context_bytes <= ROUNDING
+        most = ROUNDING if len(tokens) > 1 else 0
+        assert 0 <= profile.context_bytes - program.context_bytes <= most
 
 
 def test_a_graph_whose_sums_are_left_to_the_library_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"model\.onnx: attention adds up in half precision.*expected float32"):
         build(checkpoint, tmp_path, written=HALF)
-    built = build(checkpoint, tmp_path / "asked", sums="fp16", written=HALF)
+    built = build(checkpoint, tmp_path / "asked", sums="fp16", written=("fp16", "fp16"))
     assert built.spec.attention == AttentionSpec(2, 2, "fp16")
     built = build(checkpoint, tmp_path / "bf16", written=("bf16", None))
     assert built.spec.attention == AttentionSpec(2, 2, "fp32")
