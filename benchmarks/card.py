@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 MINUTES = 25.0
 LAYERS = 2  # as many as show a layer's time and memory; the whole model has 30
 SIZE = {"height": 480, "width": 832, "num_frames": 81}
+GRACE = 10.0  # seconds in which a step that hangs tells where
 SAID = 400  # last characters of what a failed step said
 # name -> options of the build, beside the backend
 VARIANTS: Mapping[str, Mapping[str, str]] = {
@@ -104,7 +105,7 @@ def take(step: Step, bundle: Path, variants: Sequence[Path], seconds: float) -> 
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, *map(str, variants)], capture_output=True, text=True, timeout=seconds + 10, check=False
+            [*command, *map(str, variants)], capture_output=True, text=True, timeout=seconds + GRACE, check=False
         )
     except subprocess.TimeoutExpired as exc:
         said = exc.stderr.decode(errors="replace") if isinstance(exc.stderr, bytes) else ""

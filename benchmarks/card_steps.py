@@ -27,10 +27,12 @@ import numpy as np
 from t2v_rt.cli import main as command_line
 from t2v_rt.commands.doctor import examine
 from t2v_rt.engines.backend_info import RTX
+from t2v_rt.engines.backends import load_shards
 from t2v_rt.engines.bundle.store import open_bundle
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.engines.tensorrt.device_state import StateGroup, new_states
+from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.errors import BackendError, CancelledError, OutOfMemoryError
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.noise import Generator
@@ -42,7 +44,7 @@ BLOCK = 256 << 20  # bytes that are copied both ways
 CALLS = 3  # of a denoiser, after the first
 PROMPT, TOKENS, TIMESTEP = "a red ball bouncing on a blue background", 40, 700.0
 NUM_STEPS = 2  # of a video: each is the same, and what they cost is known from one
-SMALL_BUDGET, SMALL_TILES = "4GiB", "3x4"
+SMALL_BUDGET = "4GiB"
 SLACK = 64 << 20  # bytes that a driver keeps of what was given back
 LOOK = 0.05  # seconds between looks at a card's memory
 LEFT_FREE = 3 << 30  # bytes of a card that is nearly full
@@ -96,9 +98,15 @@ def command(*arguments: str) -> Figures:
 
 def video(bundle: Path, folder: Path, *options: str) -> Figures:
     """Makes a short video; returns what was told of it, and the most of the card that was in use meanwhile."""
-    output = ["--output", str(folder / "video.npy"), "--num-inference-steps", str(NUM_STEPS), "--seed", "0", "--trust"]
+    return told_of(bundle, folder, PROMPT, "--num-inference-steps", str(NUM_STEPS), "--seed", "0", *options)
+
+
+def told_of(bundle: Path, folder: Path, *arguments: str) -> Figures:
+    """Runs generate with these arguments; returns what `video` does."""
     with memory_watch() as used:
-        told = command("generate", PROMPT, "--engines", str(bundle), *output, *options)
+        told = command(
+            "generate", *arguments, "--engines", str(bundle), "--output", str(folder / "video.npy"), "--trust"
+        )
     kept = ("frames_sha256", "stage_seconds", "said")
     return {**{name: told[name] for name in kept}, "peak_card_bytes": max(used, default=None)}
 
@@ -111,8 +119,7 @@ def memory_watch() -> Iterator[list[int]]:
     def look() -> None:
         cuda.activate()
         while not ended.wait(LOOK):
-            free, total = cuda.memory()
-            used.append(total - free)
+            used.append(cuda.info.memory_bytes - cuda.free_bytes())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -143,7 +150,7 @@ def doctor(bundle: Path, variants: Sequence[Path]) -> Figures:
 def memory(bundle: Path, variants: Sequence[Path]) -> Figures:
     """Allocates, copies both ways and compares, asks for more than there is, and lets everything go again."""
     cuda = card()
-    free, total = cuda.memory()
+    free, total = cuda.free_bytes(), cuda.info.memory_bytes
     try:
         cuda.allocate(2 * total)
     except OutOfMemoryError:
@@ -151,7 +158,7 @@ def memory(bundle: Path, variants: Sequence[Path]) -> Figures:
     else:
         raise AssertionError("twice the card's memory was given; the driver lends the machine's")
     rates = copy_rates(cuda)
-    back, _ = cuda.memory()
+    back = cuda.free_bytes()
     assert back >= free - SLACK, f"{free - back} bytes did not come back"
     return {"card": cuda.info.name, "total_bytes": total, "free_bytes": free, "gb_per_second": rates}
 
@@ -197,21 +204,19 @@ def states(bundle: Path, variants: Sequence[Path]) -> Figures:
 
 
 def plans(bundle: Path, variants: Sequence[Path]) -> Figures:
-    """Loads every plan; the memory that the library asks for is what the manifest says."""
+    """Loads every plan; the memory that each asks for is what the manifest says."""
     card()
     told: Figures = {}
     with TextToVideoPipeline.from_pretrained(bundle, trust=True) as pipe:
         for name, spec in pipe.manifest.components.items():
-            for shard in spec.shards:
-                with pipe.backend.load(pipe.bundle.folder, name, shard) as component:
-                    for role, engine in component.engines.items():
-                        assert engine.spec.plan is not None
-                        expected = [profile.context_bytes for profile in engine.spec.plan.profiles]
-                        found = engine.context_bytes()  # type: ignore[attr-defined]
-                        assert found == expected, (
-                            f"{name}.{role}: {found} bytes of context, the manifest says {expected}"
-                        )
-                        told[f"{name}.{role}"] = found
+            for shard in load_shards(pipe.backend, pipe.bundle.folder, name, spec):
+                for role, engine in shard.engines.items():
+                    assert isinstance(engine, TensorRTEngine)
+                    assert engine.spec.plan is not None
+                    expected = [profile.context_bytes for profile in engine.spec.plan.profiles]
+                    found = [engine.profile_bytes(i) for i in range(len(expected))]
+                    assert found == expected, f"{name}.{role} asks for {found}, the manifest says {expected}"
+                    told[f"{name}.{role}"] = found
     return {"context_bytes": told}
 
 
@@ -270,13 +275,19 @@ def videos(bundle: Path, variants: Sequence[Path]) -> Figures:
             "first": video(bundle, Path(folder)),
             "second": video(bundle, Path(folder)),
             "encoded anew": video(bundle, Path(folder), "--no-prompt-cache"),
-            "small": video(bundle, Path(folder), "--vram-budget", SMALL_BUDGET, "--vae-tiles", SMALL_TILES),
+            "small": video(bundle, Path(folder), "--vram-budget", SMALL_BUDGET, *smallest_tiles(bundle)),
         }
     frames = {name: item["frames_sha256"] for name, item in made.items()}
     planned = {"first": read_plan(bundle), "small": read_plan(bundle, "--vram-budget", SMALL_BUDGET)}
     result = {**made, "planned_bytes": {name: item["peak_bytes"] for name, item in planned.items()}}
     assert len(set(frames.values())) == 1, f"not the same frames: {frames}"
     return result
+
+
+def smallest_tiles(bundle: Path) -> tuple[str, ...]:
+    """The option for the smallest tiles that a bundle's decoder was built for; none where it works on the whole."""
+    tiles = open_bundle(bundle).manifest.components["vae_decoder"].tiles
+    return () if tiles is None or not tiles.grids else ("--vae-tiles", "{}x{}".format(*tiles.grids[-1]))
 
 
 def warm(bundle: Path, variants: Sequence[Path]) -> Figures:
@@ -297,7 +308,7 @@ def kernel_bytes() -> int:
 def full(bundle: Path, variants: Sequence[Path]) -> Figures:
     """A card that is nearly full: a smaller decode, or one line that says why not; and memory comes back."""
     cuda = card()
-    free, _ = cuda.memory()
+    free = cuda.free_bytes()
     if free <= LEFT_FREE:
         raise LeftOutError(f"{free / 1e9:.1f} GB are free already")
     held = cuda.allocate(free - LEFT_FREE)
@@ -307,7 +318,7 @@ def full(bundle: Path, variants: Sequence[Path]) -> Figures:
         with redirect_stdout(io.StringIO()), redirect_stderr(said):
             code = command_line(["generate", PROMPT, "--engines", str(bundle), *output])
     del held
-    back, _ = cuda.memory()
+    back = cuda.free_bytes()
     lines = said.getvalue().strip().splitlines()
     assert code in (0, 2), lines[-1:]
     assert back >= free - SLACK, f"{(free - back) / 1e9:.2f} GB did not come back"
@@ -319,9 +330,9 @@ def extras(bundle: Path, variants: Sequence[Path]) -> Figures:
     card()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = video(bundle, folder, "--save-latents", str(folder / "latents.npy"))
+        plain = video(bundle, folder, "--save-latents", str(folder / "latents.npz"))
         seen = video(bundle, folder, "--preview", str(folder / "preview.png"))
-        again = video(bundle, folder, "--from-latents", str(folder / "latents.npy"))
+        again = told_of(bundle, folder, "--from-latents", str(folder / "latents.npz"))
         images = (folder / "preview.png").stat().st_size
     assert plain["frames_sha256"] == seen["frames_sha256"] == again["frames_sha256"], "not the same frames"
     return {"preview_bytes": images, "said": seen["said"], "cancelled": cancelled(bundle)}
