@@ -44,7 +44,7 @@ Array = NDArray[np.float32]
 class TextToVideoPipeline(DiffusersHabits):
     """Prompt in, frames out; made by `from_pretrained`.
 
-    Engines are loaded at their first use and kept, unless `vram_budget` is too small for all at once. Calls from
+    Engines are loaded at their first use and kept, as many as fit the memory of the card or `vram_budget`. Calls from
     several threads do not mix: a call works on its own copy of `scheduler` and its own engine state.
 
     A pickled or deeply copied pipeline opens its bundle again and loads engines of its own; `copy.copy` gives one that
@@ -53,7 +53,7 @@ class TextToVideoPipeline(DiffusersHabits):
     Args:
         bundle: the opened bundle.
         backend: loads its engines.
-        vram_budget: bytes the engines may take together; None for all that the device has of its own.
+        vram_budget: bytes the engines may take together; None for what the card has free when a call begins.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
@@ -101,7 +101,8 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Args:
             bundle_dir: the directory that build-engines wrote.
-            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
+            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for what the
+                card has free when a call begins, and no limit without a card.
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
             prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is

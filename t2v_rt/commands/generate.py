@@ -76,7 +76,7 @@ class GenerateOptions(CallOptions, BackendOptions):
         flow_shift: shift of the noise schedule; the scheduler's own where it is left out.
         prompt_embeds: file of a prompt and a negative prompt that `t2v-rt encode` wrote, instead of both texts.
         prompt_cache: whether embeddings are looked up and kept in the user's cache.
-        vram_budget: memory the engines may take, such as `8GiB`; all that the device has where it is left out.
+        vram_budget: memory the engines may take, such as `8GiB`; what the card has free where it is left out.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit where it is left out.
         contact_sheet: png file that all frames are written to as well, side by side.
         preview: png file that is written anew after each step.
