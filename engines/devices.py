@@ -146,6 +146,21 @@ def find_device(runtime: Any, extra: str, index: int = 0) -> DeviceInfo:
     )
 
 
+def find_devices(extra: str) -> list[DeviceInfo]:
+    """All GPUs of this machine, nothing allocated on them; none where there is none, or nothing that tells of them.
+
+    Args:
+        extra: of t2v-rt that holds cuda-bindings.
+    """
+    try:
+        runtime = load_cuda(extra)
+        code, count = runtime.cudaGetDeviceCount()
+        return [find_device(runtime, extra, index) for index in range(count if int(code) == SUCCESS else 0)]
+    except (BackendError, EngineError) as exc:
+        logger.debug("no GPU is told of: %s", exc)
+        return []
+
+
 def _name(properties: Any) -> str:
     return bytes(properties.name).split(b"\0")[0].decode(errors="replace")
 

@@ -106,14 +106,15 @@ class TensorRTEngine(Engine):
         assert self.spec.plan is not None
         return max(
             (
-                self._profile_bytes(i)
+                self.profile_bytes(i)
                 for i, profile in enumerate(self.spec.plan.profiles)
                 if all(size in profile.sizes.get(symbol, Range.of(size)) for symbol, size in sizes.items())
             ),
             default=0,
         )
 
-    def _profile_bytes(self, profile: int) -> int:
+    def profile_bytes(self, profile: int) -> int:
+        """What the library asks for to work in at the largest sizes of a shape profile."""
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
     def _run(self, feeds: Feeds, state: EngineState | None, keep: Sequence[str]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class TensorRTEngine(Engine):
 
     def _needed_bytes(self) -> int:
         """What a call works in at the shapes that the context knows; of a range, its largest sizes may take more."""
-        most = self._profile_bytes(self._profile)
+        most = self.profile_bytes(self._profile)
         if self._fixed[self._profile]:
             return most
         # 0 is its word for nothing and for a failure: the most will do for both

@@ -14,13 +14,15 @@ from typing import Any
 
 from t2v_rt.engines.backend_info import backend_info, check_options
 from t2v_rt.engines.bundle.profiles import PlanSpec
+from t2v_rt.engines.devices import find_devices
 from t2v_rt.engines.gpu_support import TARGETS
 from t2v_rt.errors import BackendError
 from t2v_rt.numbers import is_older
 
 logger = logging.getLogger(__name__)
 PROMPT_LENGTH = "length"  # the size of a graph's input that is another with nearly every prompt
-DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")  # Turing has no float32 matrix kernels here: its graphs differ
+# where the machine has no GPU of its own; Turing has no float32 matrix kernels here: its graphs differ
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, 
 
     Args:
         backend: any.
-        gpus: names, or a text of them with commas between; None for the default.
+        gpus: names, or a text of them with commas between; None for this machine's own, and where it has none that
+            plans can be built for, `DEFAULT_TARGETS`.
 
     Returns:
         The names, each once, oldest GPU first; none where the backend does not build for named GPUs.
@@ -139,7 +142,8 @@ def check_targets(backend: str, gpus: str | Sequence[str] | None) -> tuple[str, 
     if "gpus" not in backend_info(backend).options:
         return ()
     if gpus is None:
-        return DEFAULT_TARGETS
+        own = {device.target for device in find_devices(backend_info(backend).extra)}
+        return tuple(name for name in TARGETS if name in own) or DEFAULT_TARGETS
     names = gpus.split(",") if isinstance(gpus, str) else list(gpus)
     wanted = {name.strip().lower() for name in names}
     unknown = sorted(wanted - set(TARGETS))

@@ -11,6 +11,7 @@ from t2v_rt.export import family
 
 ROOT = Path(__file__).resolve().parents[2]
 WAN = "t2v_rt.export.wan.family"
+PLAN_CODE = ("attention", "builder", "libraries", "plan_text", "worker")
 
 
 def names(makes_plans: bool) -> set[str]:
@@ -23,7 +24,7 @@ def test_all_that_writes_is_in_it_in_whatever_folder() -> None:
     assert {"runtime/self_test.py", "runtime/families/wan.py"} <= graphs
     exporter = {file.relative_to(ROOT).as_posix() for file in (ROOT / "export").rglob("*.py")}
     assert exporter - graphs == {f"export/{name}" for name in FINDERS}
-    assert names(True) - graphs == {f"engines/tensorrt/{name}.py" for name in ("builder", "libraries", "worker")}
+    assert names(True) - graphs == {f"engines/tensorrt/{name}.py" for name in PLAN_CODE}
 
 
 def test_what_only_finds_is_there_and_not_in_it() -> None:

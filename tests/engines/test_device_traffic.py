@@ -123,6 +123,18 @@ def test_a_second_call_takes_no_device_memory(fixed: Bundle, insert: Insert, pro
     assert not np.array_equal(first.frames, other.frames)
 
 
+def test_plans_of_one_prediction_make_no_batch(fixed: Bundle, insert: Insert) -> None:
+    """Where one is asked for, its predictions are made one after another, of the same prompts' copies."""
+    cuda = insert(fixed).cuda
+    with open_pipe(fixed) as pipe:
+        one, other = (pipe("a red ball", guidance_batch=batch, **REQUEST).frames for batch in (False, True))
+        taken = cuda.taken
+        third = pipe("a red ball", guidance_batch=True, guidance_interval=(0.3, 1.0), **REQUEST).frames
+    assert cuda.taken == taken
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, third)
+
+
 def test_later_steps_take_no_device_memory(fixed: Bundle, insert: Insert) -> None:
     """Also where the prompt is another at each step, and each prompt's own is uploaded once."""
     cuda, taken, sent = insert(fixed).cuda, [], []

@@ -21,7 +21,7 @@ from t2v_rt.commands.plan import plan
 from t2v_rt.engines.bundle.profiles import AttentionSpec, Range
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.tensorrt.builder import run_worker
-from t2v_rt.engines.tensorrt.libraries import DEFAULT_TARGETS, check_targets, load_library
+from t2v_rt.engines.tensorrt.libraries import check_targets, load_library
 from tests.conftest import Tiny
 from tests.export.test_graph_forms import FORBIDDEN
 from tests.support.processes import start_and_meet
@@ -45,7 +45,7 @@ def build_again(narrow: Tiny, bundle: Bundle) -> bool:
 
 def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     manifest = plans.manifest
-    assert (manifest.backend, manifest.precision, manifest.targets) == (RTX, "fp16", DEFAULT_TARGETS)
+    assert (manifest.backend, manifest.precision, manifest.targets) == (RTX, "fp16", check_targets(RTX, None))
     assert manifest.builder[RTX] == library
     assert [str(profile) for profile in manifest.profiles] == ["48x32, 5 frames"]
     files = sorted(path.relative_to(plans.folder).as_posix() for path in plans.folder.rglob("*") if path.is_file())
@@ -272,7 +272,8 @@ def test_the_command_and_inspect(narrow: Tiny, plans: Bundle, capsys: pytest.Cap
     assert nodes["transformer/model.plan"]["Attention"] == 4
     assert main(["inspect", str(plans.folder)]) == 0
     text = capsys.readouterr().out
-    for part in ("sm80, sm86, sm89, sm120", load_library(RTX).version, "48x32, 5 frames", "4 Attention", "not fused"):
+    targets = ", ".join(check_targets(RTX, None))
+    for part in (targets, load_library(RTX).version, "48x32, 5 frames", "4 Attention", "not fused"):
         assert part in text
     assert main(["build-engines", str(narrow.checkpoint), "--output", str(plans.folder), "--gpu", "sm1"]) == 2
     assert open_bundle(plans.folder).manifest.bundle_id == plans.manifest.bundle_id

@@ -234,7 +234,7 @@ def test_the_library_has_what_is_called(library: Library) -> None:
         trt.IRuntimeCache: ("serialize", "deserialize"),
         trt.IExecutionContext: (
             "set_device_memory", "set_optimization_profile_async", "set_input_shape", "set_tensor_address",
-            "execute_async_v3",
+            "execute_async_v3", "update_device_memory_size_for_shapes",
         ),
         trt.ExecutionContextAllocationStrategy: ("USER_MANAGED",),
         trt.CudaGraphStrategy: ("DISABLED", "WHOLE_GRAPH_CAPTURE"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from t2v_rt import CancelledError, RequestError, T2VError, TextToVideoPipeline
+from t2v_rt.engines.onnxruntime.backend import OrtEngine
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from tests.conftest import Tiny
 
@@ -42,6 +43,24 @@ def test_before_the_call(pipe: TextToVideoPipeline, fresh: Any) -> None:
     assert cancelled(pipe, cancel) == []
     cancel.clear()
     assert np.array_equal(pipe("a red ball", cancel=cancel, **REQUEST).frames, fresh)
+
+
+def test_in_a_denoiser_call(pipe: TextToVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with that call, in the middle of the step, and says what it has waited for."""
+    cancel, calls, infer = threading.Event(), list[str](), OrtEngine.infer
+
+    def infer_and_set(engine: OrtEngine, *given: Any, **settings: Any) -> Any:
+        result = infer(engine, *given, **settings)
+        calls.append(engine.name)
+        if calls.count("transformer") == 3:
+            cancel.set()  # as another thread would meanwhile
+        return result
+
+    monkeypatch.setattr(OrtEngine, "infer", infer_and_set)
+    message = "in stage denoise; the denoiser call in progress, which cannot be broken off, was finished first; the"
+    with pytest.raises(CancelledError, match=message):
+        pipe("a red ball", cancel=cancel, guidance_batch=False, **REQUEST)
+    assert calls.count("transformer") == 3
 
 
 @pytest.mark.parametrize("guidance_batch", [True, False])
