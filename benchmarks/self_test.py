@@ -43,6 +43,7 @@ from t2v_rt.export.wan.vae import VaeConfig
 from t2v_rt.export.weight_file import WeightFile
 from t2v_rt.runtime import self_test
 from t2v_rt.runtime.families.wan import QUIET
+from t2v_rt.system.files import remove_tree
 
 Array = NDArray[np.float32]
 Attend = Callable[[Array, Array, Array], Array]  # (heads, tokens, channels) each
@@ -333,43 +334,44 @@ def prepare(setting: Setting, configs: Mapping[str, Mapping[str, Any]], folder: 
     (folder / "weights").mkdir()
     write_safetensors(folder / "weights" / f"{stem}.safetensors", list(tensors(configs["transformer"])), draw)
     weights, model = CheckpointWeights.open(folder / "weights"), networks.model()
-    forms: tuple[Accumulation, ...] = ("fp32", "fp16")
-    graphs = {
-        form: CutGraph(folder / _write(folder, form, weights, networks, model, "fp16", form).path) for form in forms
-    }
-    spec = _write(folder, "reference", weights, networks, model, "fp32", None)
+    (spec,) = _write(folder / "reference", weights, networks, model, "fp32", [None])
     sizes = dict(zip(("frames", "height", "width"), map(Range.of, setting.grid), strict=True))
     plan = PlanSpec((PlanProfile({"batch": Range.of(1), **sizes}, 0),), 0)
     components = {"transformer": ComponentSpec({"model": replace(spec, plan=plan)}, "fp16", 0)}
-    trial = Trial(
-        folder, networks, setting, graphs, Manifest("tensorrt-rtx", "fp16", "", {}, model, {}, DEFAULTS, components)
-    )
+    manifest = Manifest("tensorrt-rtx", "fp16", "", {}, model, {}, DEFAULTS, components)
+    trial = Trial(folder, networks, setting, {}, manifest)
     engine = _engine(trial, spec, CutGraph(folder / spec.path), exact)
     reference = OneEngine("transformer", ComponentSpec({"model": spec}, "fp32", 0), {"model": engine})
     calls = self_test.make_calls("transformer", reference, model, components["transformer"])
     self_test.record("transformer", {made.call.label: made.result for made in calls}, folder)
-    return trial
+    remove_tree(folder / "reference")  # before the others are written, as all of them are large
+    forms: tuple[Accumulation, ...] = ("fp32", "fp16")
+    written = _write(folder / "plan", weights, networks, model, "fp16", forms)
+    remove_tree(folder / "weights")
+    graphs = {form: CutGraph(folder / graph.path) for form, graph in zip(forms, written, strict=True)}
+    return replace(trial, graphs=graphs)
 
 
 def _write(
-    folder: Path,
-    name: str,
+    place: Path,
     weights: CheckpointWeights,
     configs: WanConfigs,
     model: ModelSpec,
     precision: Precision,
-    accumulation: Accumulation | None,
-) -> GraphSpec:
-    """A graph of one token and its weights, in a folder of its own; what it declares are the inputs of any size."""
-    place = folder / name
+    forms: Sequence[Accumulation | None],
+) -> list[GraphSpec]:
+    """Graphs of one token, in a new folder with their weights; what they declare are the inputs of any size."""
     place.mkdir()
     frames, height, width = model.patch
     sizes = {"batch": 1, "frames": frames, "height": height, "width": width, "text": model.text.length}
+    specs = []
     with WeightFile(place / "weights.data") as store:
-        g = GraphWriter("transformer", weights, store, precision, GraphOptions(sizes, accumulation=accumulation))
-        write_transformer(g, configs.transformer)
-        g.save(place / "model.onnx")
-    return GraphSpec(f"{name}/model.onnx", tuple(g.inputs), tuple(g.outputs))
+        for form in forms:
+            g = GraphWriter("transformer", weights, store, precision, GraphOptions(sizes, accumulation=form))
+            write_transformer(g, configs.transformer)
+            g.save(place / f"{form}.onnx")
+            specs.append(GraphSpec(f"{place.name}/{form}.onnx", tuple(g.inputs), tuple(g.outputs)))
+    return specs
 
 
 def main() -> None:
