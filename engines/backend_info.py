@@ -74,7 +74,7 @@ RTX = BackendInfo(
     own_memory=True,
     native_code=True,
     parks_states=True,
-    options=frozenset({"device", "gpus", "trust"}),
+    options=frozenset({"attention_accumulation", "device", "gpus", "trust"}),
     least_compute=7.5,
     least_version="1.7",  # before it each convolution of a context took tens of MB of the host's memory
     for_cuda_12="tensorrt-rtx-cu12",
@@ -94,7 +94,7 @@ BACKENDS: Mapping[str, BackendInfo] = {
         RTX,
         module="tensorrt",
         extra="tensorrt",
-        options=frozenset({"device", "trust"}),
+        options=RTX.options - {"gpus"},
         least_version="10.15",  # the first that reads Attention and RMSNormalization of a graph
         for_cuda_12="tensorrt-cu12",
     ),
@@ -106,6 +106,7 @@ OPTIONS: Mapping[str, tuple[str, str]] = {
     "threads": ("--threads", "has no threads to set, its plans run on a GPU"),
     "trust": ("--trust", "runs no native code of a bundle"),
     "gpus": ("--gpu", "does not build for named GPUs"),
+    "attention_accumulation": ("--attention-accumulation", "chooses the sums of its attention by itself"),
 }
 
 

@@ -43,7 +43,11 @@ class Backend(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Of the device's own memory, what is free now, whoever holds the rest; None where that is not known."""
+        """Of the device's own memory, what is free now, whoever holds the rest; None where it is not known."""
+        ...
+
+    def buffer_bytes(self) -> int | None:
+        """Of the device's own memory, what this process holds beside weights; None where its library does not tell."""
         ...
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:

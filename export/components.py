@@ -11,7 +11,8 @@ from t2v_rt.engines.specs import StateSpec
 from t2v_rt.export import tokenizer
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.weight_file import WeightFile
 
 logger = logging.getLogger(__name__)

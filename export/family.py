@@ -17,11 +17,12 @@ from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import INDEX, CheckpointConfigs
+from t2v_rt.export.precision import Accumulation, Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 
 if TYPE_CHECKING:  # it imports onnx, which looking at a checkpoint needs not
-    from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
+    from t2v_rt.export.graph import GraphOptions, GraphWriter
 
 SHARD_BYTES = 3_000_000_000  # of a card, for one engine of a text encoder: beside a desktop it fits on 4 GB
 TEXT_ENCODER = "text_encoder"  # the component that a bundle may do without
@@ -54,13 +55,17 @@ class Configs(Protocol):
         ...
 
     def graph_options(
-        self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
+        self,
+        ranges: Mapping[str, Mapping[str, Sequence[Ranges]]],
+        float32_matmul: bool,
+        accumulation: Accumulation = "fp32",
     ) -> Mapping[str, Mapping[str, GraphOptions]]:
         """Component -> role -> how the graph of a plan is written.
 
         Args:
             ranges: from `ranges`.
             float32_matmul: whether all GPUs can multiply float32 matrices.
+            accumulation: what attention adds up in: `fp32`, or `fp16` where half operands and much work allow it.
         """
         ...
 

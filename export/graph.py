@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from t2v_rt.engines.specs import DTYPES as BOUNDARY_DTYPES
 from t2v_rt.engines.specs import TensorSpec
-from t2v_rt.errors import RequestError
+from t2v_rt.export.precision import COMPUTE_DTYPES, Accumulation, Precision
 from t2v_rt.export.quantize import BLOCK, Quantization
 from t2v_rt.export.tensors import CheckpointWeights, Transform
 from t2v_rt.export.weight_file import WeightFile, WeightPlace
@@ -33,16 +33,6 @@ DTYPES = {
 OWN_DOMAIN = "com.microsoft"  # of ONNX Runtime's operators
 INT8_PRODUCTS = 4  # accuracy level of MatMulNBits: activations in 8 bits too, ten times as fast as exact products
 BAND = 64  # rows: a band of the widest matrix fits a core's cache
-Precision = Literal["fp32", "fp16", "bf16"]
-PRECISIONS = ("fp32", "fp16", "bf16")
-COMPUTE_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-def check_precision(name: str) -> Precision:
-    """Returns a supported precision; raises RequestError, with the supported ones, for any other."""
-    if name not in PRECISIONS:
-        raise RequestError(f"precision is {name!r}; expected one of {', '.join(PRECISIONS)}")
-    return cast(Precision, name)
 
 
 @dataclass(frozen=True)
@@ -54,12 +44,16 @@ class GraphOptions:
         slices: parts of the token axis that a feed-forward runs over one after another, for its memory.
         float32_matmul: whether the engine can multiply float32 matrices.
         quantization: of the matrices of Linears, or None.
+        accumulation: what attention adds up in, of half operands; None where the engine may choose.
+        attention_parts: kernels that one attention among a video's tokens is shared out to.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     slices: int = 1
     float32_matmul: bool = True
     quantization: Quantization | None = None
+    accumulation: Accumulation | None = None
+    attention_parts: int = 1
 
 
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -23,17 +23,19 @@ from t2v_rt.runtime.decode.tiles import Grid, parse_grid
 from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
 from t2v_rt.runtime.memory.admission import Admission
-from t2v_rt.runtime.memory.advice import check_room
+from t2v_rt.runtime.memory.advice import check_room, warn_of_spilling
+from t2v_rt.runtime.memory.device_memory import memory_of
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.preview import preview
 from t2v_rt.runtime.request import CallArrays, Request, check_latents, make_request
-from t2v_rt.runtime.run import CallHooks, FrameStream, Run, StepCallback, make_output
+from t2v_rt.runtime.run import CallHooks, FrameStream, Run, make_output
 from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.step_callback import StepCallback
 from t2v_rt.system.resources import available_memory_bytes
 
 Array = NDArray[np.float32]
@@ -42,7 +44,7 @@ Array = NDArray[np.float32]
 class TextToVideoPipeline(DiffusersHabits):
     """Prompt in, frames out; made by `from_pretrained`.
 
-    Engines are loaded at their first use and kept, unless `vram_budget` is too small for all at once. Calls from
+    Engines are loaded at their first use and kept, as many as fit the memory of the card or `vram_budget`. Calls from
     several threads do not mix: a call works on its own copy of `scheduler` and its own engine state.
 
     A pickled or deeply copied pipeline opens its bundle again and loads engines of its own; `copy.copy` gives one that
@@ -51,7 +53,7 @@ class TextToVideoPipeline(DiffusersHabits):
     Args:
         bundle: the opened bundle.
         backend: loads its engines.
-        vram_budget: bytes the engines may take together; None for all that the device has of its own.
+        vram_budget: bytes the engines may take together; None for what the card has free when a call begins.
         vae_tiles: tiles of the VAE decoder, from top to bottom and from left to right; None for as few as the budget
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
@@ -74,8 +76,10 @@ class TextToVideoPipeline(DiffusersHabits):
         self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits)
         self._vae_tiles = vae_tiles
         self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
-        self.admission = Admission(backend.memory_bytes if vram_budget is None else vram_budget, waits=waits)
         self.stages = Stages(bundle, backend, prompt_cache)
+        self._memory = memory_of(backend)  # shared with other pipelines
+        holder = self.stages.components
+        self.admission = Admission(vram_budget, waits=waits, device=self._memory, holder=holder)
 
     @classmethod
     @documented_by(BackendOptions)
@@ -97,7 +101,8 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Args:
             bundle_dir: the directory that build-engines wrote.
-            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for no limit but the card's.
+            vram_budget: memory the engines may take, bytes or text such as `8GiB`; None for what the
+                card has free when a call begins, and no limit without a card.
             vae_tiles: tiles of the VAE decoder, `2x3` or (2, 3) for two from top to bottom and three from left to
                 right: less memory, the same frames. None for as few as the budget allows.
             prompt_cache: whether prompt embeddings are kept in the user's cache, in private files, so that a text is
@@ -147,8 +152,8 @@ class TextToVideoPipeline(DiffusersHabits):
 
     @property
     def vram_budget(self) -> int | None:
-        """Bytes that the engines of all calls may take together; None for no limit."""
-        return self.admission.budget
+        """Bytes that the engines of all calls may take together, at most all of a card's; None for no limit."""
+        return self.backend.memory_bytes if self.admission.budget is None else self.admission.budget
 
     @documented_by(CallOptions, CallArrays, CallHooks)
     def __call__(
@@ -180,6 +185,7 @@ class TextToVideoPipeline(DiffusersHabits):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         cancel: threading.Event | None = None,
+        previews: bool = False,
     ) -> TextToVideoOutput:
         """Makes videos; what is left out takes the bundle's default.
 
@@ -212,7 +218,7 @@ class TextToVideoPipeline(DiffusersHabits):
             sigmas=sigmas,
         )
         arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
-        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel, previews)
         request = make_request(self.manifest, options, arrays)
         kept_frames = 0 if output_type == "latent" else request.batch * request.num_frames
         return make_output(self._run(request, kept_frames, hooks), generator)
@@ -249,6 +255,7 @@ class TextToVideoPipeline(DiffusersHabits):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         cancel: threading.Event | None = None,
+        previews: bool = False,
     ) -> FrameStream:
         """Makes one video and yields its frames as the VAE decodes them; only one chunk is held at a time.
 
@@ -283,7 +290,7 @@ class TextToVideoPipeline(DiffusersHabits):
             sigmas=sigmas,
         )
         arrays = CallArrays(generator, latents, prompt_embeds, negative_prompt_embeds)
-        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel)
+        hooks = CallHooks(callback_on_step_end, callback_on_step_end_tensor_inputs, progress, cancel, previews)
         return self.open_stream(options, arrays, hooks)
 
     def open_stream(self, options: CallOptions, arrays: CallArrays, hooks: CallHooks) -> FrameStream:
@@ -302,23 +309,28 @@ class TextToVideoPipeline(DiffusersHabits):
         _, kept_frames = self.manifest.model.decode.next
         return FrameStream(self._run(request, kept_frames, hooks), arrays.generator)
 
-    def plan(self, request: Request, kept_frames: int = 0) -> MemoryPlan:
+    def plan(self, request: Request, kept_frames: int = 0, previews: bool = False) -> MemoryPlan:
         """What a request takes in each stage under the budget, what stays loaded when, and how guidance is made.
 
         Args:
             request: from `make_request`.
             kept_frames: frames that are held at once as float32 results.
+            previews: whether the VAE decoder makes previews between the steps.
         """
         card, tokens = self.backend.own_memory, request.tokens(self.manifest.model)
         batches = guidance_batches(request.guidance, request.guidance_batch, card, tokens)
         available, shape = self._available_bytes(), request.latent_shape(self.manifest.model)
-        return self._make_plan(shape, kept_frames=kept_frames, batches=batches, available=available)
+        planner = partial(self._make_plan, kept_frames=kept_frames, batches=batches, previews=previews)
+        return planner(shape, available=available)
 
     @property
     def _make_plan(self) -> partial[MemoryPlan]:
-        """`make_plan` with what is the same for all requests of this pipeline."""
-        budget, card = self.vram_budget, self.backend.own_memory
-        return partial(make_plan, self.manifest, budget=budget, grid=self._vae_tiles, room=self._room, own_memory=card)
+        """`make_plan` with what is the same for all requests of this pipeline, and what its device has room for now."""
+        room, budget, free = self._memory.measure(self.backend), self.admission.budget, None
+        if budget is None:
+            budget, free = room.bytes, room.free_bytes
+        planner = partial(make_plan, self.manifest, grid=self._vae_tiles, room=self._room)
+        return partial(planner, budget=budget, free=free, own_memory=self.backend.own_memory)
 
     def _available_bytes(self) -> int | None:
         """Of the machine's memory, where engines work in it."""
@@ -362,15 +374,17 @@ class TextToVideoPipeline(DiffusersHabits):
 
         Raises:
             RequestError: not such an array.
-            EngineError: the VAE failed.
+            PreviewError: the VAE failed; a step callback may leave it uncaught, the call warns once and goes on with
+                its tensors as they were.
         """
         return preview(self.stages, check_latents(self.manifest.model, latents))
 
     def _run(self, request: Request, kept_frames: int, hooks: CallHooks) -> Run:
         """A run of a request that fits, on its own copy of the scheduler."""
         check_profiles(self.manifest.profiles, request.height, request.width, request.num_frames)
-        plan = self.plan(request, kept_frames)
+        plan = self.plan(request, kept_frames, hooks.previews)
         check_room(self.manifest, request, plan, self.backend.own_memory)
+        warn_of_spilling(plan, self._memory.room.free_bytes)
         request = replace(request, guidance_batch=plan.one_batch)
         return Run(self.stages, self.admission, self.scheduler.copy(), request, plan, hooks, owner=self)
 

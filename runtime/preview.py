@@ -8,20 +8,19 @@ is looked at. So the map is fitted by least squares to the thumbnail of the very
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from t2v_rt.engines.bundle.model import thumbnail_factor
+from t2v_rt.errors import EngineError, PreviewError
 from t2v_rt.runtime.decode.tiles import WHOLE
 from t2v_rt.runtime.frames import to_uint8
 from t2v_rt.runtime.memory.plan import make_plan
 from t2v_rt.runtime.stages import Stages
 
 Array = NDArray[np.float32]
-LONGEST_SIDE = 32  # latent rows or columns of a thumbnail, at most: a 16th of the work at 832x480
-LEAST_FACTOR = 2  # of shrinking: a quarter of the work where the video is small already
 RIDGE = 0.1  # of each channel's variance 1: keeps the slopes of channels that hardly differ from growing
 
 
@@ -36,21 +35,25 @@ def preview(stages: Stages, latents: Array) -> NDArray[np.uint8]:
         uint8 (B, F, h, w, 3); the frames of one latent frame are averaged.
 
     Raises:
-        EngineError: the VAE failed or gave values that are not finite.
+        PreviewError: the VAE failed or gave values that are not finite.
     """
-    return np.stack([to_uint8(_preview_video(stages, video)) for video in latents])
+    try:
+        return np.stack([to_uint8(_preview_video(stages, video)) for video in latents])
+    except EngineError as exc:
+        stages.components.release("vae_decoder")  # with all that the failed try had allocated
+        raise PreviewError(str(exc)) from exc
 
 
 def _preview_video(stages: Stages, video: Array) -> Array:
     """Colours (F, h, w, 3) in [0, 1] of one video's latents (C, F, h, w)."""
     _, _, height, width = video.shape
-    factor = max(LEAST_FACTOR, -(-max(height, width) // LONGEST_SIDE))
+    factor = thumbnail_factor(height, width)
     means = shrunk(video, factor)
     # the VAE has never seen latents of the little contrast that averages have
     small = with_contrast_of(video, means)
     size = stages.manifest.model.latents.spatial_factor
     # what keeps components loaded is the plan of the run that is looked at, not this one
-    plan = replace(make_plan(stages.manifest, (1, *small.shape), grid=WHOLE), resident=False)
+    plan = make_plan(stages.manifest, (1, *small.shape), grid=WHOLE).releasing()
     counts = stages.manifest.model.decode.chunks(video.shape[1])
     images = [
         frames.mean(0)

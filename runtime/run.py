@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Generator as FrameGenerator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.errors import RequestError, type_of
+from t2v_rt.errors import EngineError, PreviewError, RequestError
 from t2v_rt.runtime.cancel import check_cancelled, check_event
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.denoise.step_cache import StepCache
-from t2v_rt.runtime.diffusers_habits import advice
 from t2v_rt.runtime.frames import to_uint8
 from t2v_rt.runtime.memory.admission import Admission
 from t2v_rt.runtime.memory.plan import MemoryPlan
@@ -28,12 +28,12 @@ from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.step_callback import CALLBACK_TENSORS, StepCallback, changed_tensors
 from t2v_rt.system.resources import peak_rss_bytes
 
+logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
 FrameIterator = FrameGenerator[NDArray[Any], None, None]
-StepCallback = Callable[[Any, int, float, dict[str, Any]], Mapping[str, Any] | None]  # given the pipeline
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,16 @@ class CallHooks:
         progress: called as `f(stage, done, total)`.
         cancel: event that is looked at before each denoiser call and each chunk of the VAE; once it is set, the call,
             or the next frame that is asked for, ends in CancelledError.
+        previews: whether callback_on_step_end asks for `pipe.preview`: then the VAE decoder is loaded beside the
+            denoiser, and memory is planned for both. Without it a preview has to do with what is left, and may load
+            the VAE decoder each time. One that fails never ends the call: it warns once.
     """
 
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     progress: Progress | None = None
     cancel: threading.Event | None = None
+    previews: bool = False
 
 
 class Run:
@@ -98,6 +102,7 @@ class Run:
         self._cancel = check_event(hooks.cancel)
         self.scheduler_settings = self._scheduler.settings()
         _set_timesteps(scheduler, request)
+        self._warned = False  # of a callback that failed
         self._cache = StepCache(request.step_cache, len(scheduler.timesteps))
         self.seconds: dict[str, float] = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
         self.step_calls: list[int] = []
@@ -190,7 +195,7 @@ class Run:
         generator = generators[0] if len(generators) == 1 else generators or None
         count = len(scheduler.timesteps)  # some samplers ask for more predictions than they make steps
         latents = latents * np.float32(scheduler.init_noise_sigma)
-        with self._stages.components.stage("transformer", self.plan) as component:
+        with self._previews(), self._stages.components.stage("transformer", self.plan) as component:
             denoiser = Denoiser(component, self._stages.text, prompts, self.plan.one_batch, self._cancel)
             for i, t in enumerate(scheduler.timesteps):
                 # 1. the denoiser's input, and how many predictions guidance makes of it: none, one or two
@@ -213,12 +218,34 @@ class Run:
                 self._progress("denoise", i + 1, count)
         return latents
 
+    @contextmanager
+    def _previews(self) -> Iterator[None]:
+        """Keeps the VAE decoder loaded for previews while the denoiser works, where the plan has room for it."""
+        with ExitStack() as held:
+            if self.plan.preview is not None:
+                try:
+                    held.enter_context(self._stages.components.stage("vae_decoder", self.plan))
+                except EngineError as exc:
+                    self._warn(exc)
+            yield
+
+    def _warn(self, error: EngineError) -> None:
+        """Warns of previews that fail, once in a run."""
+        if not self._warned:
+            logger.warning("there are no previews of this video, or not of all steps: %s", str(error))
+        self._warned = True
+
     def _call_back(self, step: int, t: float, latents: Array, prompts: Prompts) -> tuple[Array, Prompts]:
         callback, names = self._hooks.callback_on_step_end, self._hooks.callback_on_step_end_tensor_inputs
         assert callback is not None
         tensors = dict(zip(CALLBACK_TENSORS, (latents, prompts.embeds, prompts.negative_embeds), strict=True))
         given = {name: tensors[name] for name in names}
-        changed = _changed_tensors(callback(self._owner, step, t, given), tensors)
+        try:
+            returned = callback(self._owner, step, t, given)
+        except PreviewError as exc:
+            self._warn(exc)
+            returned = None
+        changed = changed_tensors(returned, tensors)
         moved, embeds, negative = (changed[name] for name in CALLBACK_TENSORS)
         assert moved is not None
         assert embeds is not None
@@ -246,40 +273,6 @@ def _set_timesteps(scheduler: Scheduler[Any], request: Request) -> None:
         scheduler.set_timesteps(num_inference_steps=None, sigmas=list(request.sigmas))
     else:
         scheduler.set_timesteps(request.num_inference_steps)
-
-
-def _changed_tensors(returned: Any, tensors: Mapping[str, Array | None]) -> dict[str, Array | None]:
-    """A step's tensors after its callback: what that returned, as float32, in the place of the old ones.
-
-    Raises:
-        RequestError: not a mapping, an unknown name, another shape, or values that are not finite numbers.
-    """
-    if returned is not None and not isinstance(returned, Mapping):
-        raise RequestError(f"the step callback returned a {type(returned).__name__}; expected a dict, or None")
-    changed = dict(tensors)
-    for name, value in (returned or {}).items():
-        old, array = tensors.get(name), _as_array(name, value)
-        if old is None or array.shape != old.shape or array.dtype.kind not in "fiu":
-            raise RequestError(
-                f"the step callback returned {name!r} of shape {list(array.shape)} and dtype {array.dtype}; expected "
-                f"{f'numbers of shape {list(old.shape)}' if old is not None else ', '.join(CALLBACK_TENSORS)}"
-            )
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            changed[name] = np.ascontiguousarray(array, np.float32)
-    for name in {"latents", *(returned or {})}:  # latents may also have been changed in place
-        if not np.all(np.isfinite(changed[name])):  # type: ignore[arg-type]
-            raise RequestError(f"the step callback left {name!r} with values that are not finite; return finite ones")
-    return changed
-
-
-def _as_array(name: str, value: Any) -> NDArray[Any]:
-    """What a callback returned for a tensor; raises RequestError where NumPy cannot take it, as of a GPU's memory."""
-    try:
-        return np.asarray(value)
-    except Exception as exc:  # the other library's own
-        raise RequestError(
-            f"the step callback returned {name!r} of type {type_of(value)}; expected a NumPy array{advice(name, value)}"
-        ) from exc
 
 
 class FrameStream(Iterator[NDArray[Any]]):

@@ -9,6 +9,7 @@
     │   └── BackendError      a backend that is unknown, not installed or not usable here
     ├── EngineError           an engine that failed, or gave values that are not finite (exit code 1)
     │   ├── OutOfMemoryError  the device, or the machine, had no room for what an engine works in
+    │   ├── PreviewError      a look at a video on its way that failed; the video goes on
     │   └── VerificationError engines that do not give the answers of their reference
     └── CancelledError        a request that was stopped by the caller's own event (exit code 130)
 
@@ -67,6 +68,10 @@ class EngineError(T2VError, RuntimeError):
 
 class OutOfMemoryError(EngineError):
     """A device had no room for an engine, its state or what it works in."""
+
+
+class PreviewError(EngineError):
+    """A look at a video on its way failed; where a step callback leaves it uncaught, the video goes on."""
 
 
 class VerificationError(EngineError):

@@ -15,7 +15,7 @@ from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import BundleError
 from t2v_rt.system.outputs import MANIFEST_NAME
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 BLOCKS = "blocks_"  # roles of engines that run one after another and of which each can be loaded alone
 T = TypeVar("T")
 EMBEDDING_DTYPES = ("float32", "float16", "bfloat16")
@@ -170,6 +170,8 @@ class Manifest:
         components: name -> component.
         targets: GPUs that its plans were built for, such as `sm89`; none where its engines are ONNX graphs.
         profiles: videos that its plans can make; none where the size is free.
+        attention_accumulation: what attention of its plans was asked to add up in, `fp32` or `fp16`; empty where its
+            engines are ONNX graphs.
         encoder_id: of the checkpoint's text encoder and tokenizer: prompt embeddings of an equal one fit.
         files: path inside the bundle -> size and hash, of every file but the manifest.
     """
@@ -184,6 +186,7 @@ class Manifest:
     components: Mapping[str, ComponentSpec]
     targets: tuple[str, ...] = ()
     profiles: tuple[VideoProfile, ...] = ()
+    attention_accumulation: str = ""
     encoder_id: str = ""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 

@@ -7,6 +7,20 @@ from functools import cached_property
 
 from t2v_rt.errors import RequestError
 
+LONGEST_SIDE = 32  # latent rows or columns of a thumbnail, at most: a 16th of the work at 832x480
+LEAST_FACTOR = 2  # of shrinking: a quarter of the work where the video is small already
+
+
+def thumbnail_factor(rows: int, columns: int) -> int:
+    """How many latent rows and columns become one of the thumbnail that previews decode, and plans are built for."""
+    return max(LEAST_FACTOR, -(-max(rows, columns) // LONGEST_SIDE))
+
+
+def thumbnail_size(rows: int, columns: int) -> tuple[int, int]:
+    """Latent rows and columns of the thumbnail of latents of so many."""
+    factor = thumbnail_factor(rows, columns)
+    return -(-rows // factor), -(-columns // factor)
+
 
 @dataclass(frozen=True)
 class DecodeSchedule:

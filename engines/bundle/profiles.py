@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from t2v_rt.errors import RequestError
+
+Sums = Literal["fp16", "fp32"]  # precision that many products are added up in
 
 
 @dataclass(frozen=True)
@@ -172,20 +174,50 @@ class PlanProfile:
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """What a plan was found to make of its graph's attentions, when it was built.
+
+    Args:
+        count: attentions of the graph.
+        fused: how many of them one kernel computes, the scores of the others are in the context; None where the plan
+            does not tell.
+        accumulation: the coarsest sum that a fused one adds up in; None where the plan does not tell, or none is fused.
+    """
+
+    count: int
+    fused: int | None
+    accumulation: Sums | None
+
+    @property
+    def told(self) -> bool:
+        """Whether the plan tells all there is to know."""
+        return self.fused == 0 or (self.fused is not None and self.accumulation is not None)
+
+    def __str__(self) -> str:
+        if self.fused is None:
+            return f"{self.count}, whether they are fused is not told by this plan"
+        if self.fused == 0:
+            return f"{self.count} not fused, scores are in memory"
+        sums = "what they add up in is not told by this plan"
+        if self.accumulation is not None:
+            sums = {"fp16": "adds up in half precision", "fp32": "adds up in float32"}[self.accumulation]
+        return f"{self.fused} of {self.count} fused, {sums}"
+
+
+@dataclass(frozen=True)
 class PlanSpec:
     """What is known of an engine that was built ahead of time.
 
     Args:
         profiles: its shape profiles, in the engine's order.
         weights_bytes: device memory of its weights.
-        fused_attention: False where the builder had no fused kernel for an attention, so that its scores are in the
-            context.
+        attention: what it makes of attentions; None where the graph has none, or nobody has read the plan.
         nodes: operator -> number of nodes of the ONNX graph it was built from.
     """
 
     profiles: tuple[PlanProfile, ...]
     weights_bytes: int
-    fused_attention: bool
+    attention: AttentionSpec | None = None
     nodes: Mapping[str, int] = field(default_factory=dict)
 
 

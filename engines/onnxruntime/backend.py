@@ -222,6 +222,9 @@ class OnnxRuntimeBackend:
         """Of the card now, as CUDA tells."""
         return card_bytes(cuda_provider.EXTRA, self._index)[0] if self.own_memory else None
 
+    def buffer_bytes(self) -> None:
+        """Nobody knows what ONNX Runtime's arenas hold."""
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> OrtComponent:
         """Loads the engines of a component.
 

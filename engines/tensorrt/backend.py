@@ -20,6 +20,7 @@ from t2v_rt.engines.bundle.trust import check_trust
 from t2v_rt.engines.contract import Component
 from t2v_rt.engines.devices import version_text
 from t2v_rt.engines.gpu_support import FIRST_DRIVERS, INSTEAD, TARGETS, explain_old_driver
+from t2v_rt.engines.tensorrt.boundary import check_boundary
 from t2v_rt.engines.tensorrt.cuda import Buffer
 from t2v_rt.engines.tensorrt.device_state import DeviceState, StateGroup, new_states
 from t2v_rt.engines.tensorrt.engine import TensorRTEngine
@@ -174,6 +175,9 @@ class TensorRTBackend:
     def free_bytes(self) -> int | None:
         return self._gpu.cuda.free_bytes()
 
+    def buffer_bytes(self) -> int | None:
+        return self._gpu.cuda.buffer_bytes
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> TensorRTComponent:
         """Loads the engines of a component.
 
@@ -184,7 +188,7 @@ class TensorRTBackend:
 
         Raises:
             BundleError: a plan is not the file that was built.
-            EngineError: the library cannot load a plan.
+            EngineError: the library cannot load a plan, or it takes or gives other tensors than the manifest says.
             BackendError: the GPU is that of the process that this one was forked from.
         """
         forked.claim_gpu()
@@ -197,6 +201,7 @@ class TensorRTBackend:
                 entry = check_file(self._bundle, graph.path)
                 cache = KernelCache(f"{entry.sha256}\n{self._gpu.identity}")
                 engine = self._deserialize(folder / graph.path, label)
+                check_boundary(label, graph, engine)
                 engines[role] = TensorRTEngine(label, graph, engine, self._gpu, cache)
         return TensorRTComponent(name, spec, engines, self._gpu)
 

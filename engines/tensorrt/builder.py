@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec
-from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
+from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec, from_plain
+from t2v_rt.engines.bundle.profiles import AttentionSpec, PlanProfile, PlanSpec, Range, Sums
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError
 
@@ -44,6 +44,7 @@ class PlanBuilder:
         spec: ComponentSpec,
         profiles: Mapping[str, Sequence[Ranges]],
         nodes: Mapping[str, Mapping[str, int]],
+        sums: Mapping[str, Sums | None],
         report: Report,
     ) -> ComponentSpec:
         """Builds all plans of a component.
@@ -54,6 +55,7 @@ class PlanBuilder:
             spec: of the graphs.
             profiles: role -> symbol -> range, for each shape profile.
             nodes: role -> operator -> number of nodes of the graph.
+            sums: role -> what its attention is to add up in: `fp32`, or anything where it is `fp16` or None.
             report: called with the fraction done.
 
         Returns:
@@ -68,21 +70,21 @@ class PlanBuilder:
             path = str(Path(graph.path).with_suffix(SUFFIX).as_posix())
             (folder / path).parent.mkdir(exist_ok=True)
             part = partial(report_part, report, i, len(spec.graphs))
-            result = self.build(graph, graphs / graph.path, folder / path, profiles[role], part)
+            result = self.build(graph, graphs / graph.path, folder / path, profiles[role], sums[role], part)
             told = zip(profiles[role], result["context_bytes"], strict=True)
             plan = PlanSpec(
                 tuple(PlanProfile(dict(ranges), int(size)) for ranges, size in told),
                 int(result["weights_bytes"]),
-                bool(result["fused_attention"]),
+                found_attention(result),
                 nodes[role],
             )
             built[role] = replace(graph, path=path, plan=plan, weights_bytes=plan.weights_bytes)
         return replace(spec, graphs=built, weights_bytes=sum(graph.weights_bytes for graph in built.values()))
 
     def build(
-        self, spec: GraphSpec, graph: Path, plan: Path, profiles: Sequence[Ranges], report: Report
+        self, spec: GraphSpec, graph: Path, plan: Path, profiles: Sequence[Ranges], sums: Sums | None, report: Report
     ) -> Mapping[str, Any]:
-        """Builds one plan and returns what `tensorrt_worker.build` does; raises as `build_component`."""
+        """Builds one plan and returns what `worker.build` does; raises as `build_component`."""
         shapes = [profile_shapes(spec, ranges) for ranges in profiles]
         job = {
             "backend": self.backend,
@@ -90,6 +92,7 @@ class PlanBuilder:
             "graph": str(graph.absolute()),
             "plan": str(plan.absolute()),
             "profiles": shapes,
+            "accumulation": sums,
         }
         result = run_worker(job, plan.stem, report)
         logger.info(
@@ -100,7 +103,15 @@ class PlanBuilder:
             result["weights_bytes"] / 1e9,
             [round(size / 1e9, 2) for size in result["context_bytes"]],
         )
+        attention = found_attention(result)
+        if attention is not None and not attention.told:
+            logger.warning("%s: attention is %s; whether that is as it was asked was not checked", plan, attention)
         return result
+
+
+def found_attention(result: Mapping[str, Any]) -> AttentionSpec | None:
+    """What a worker's result says of attention; None where the graph has none."""
+    return None if result["attention"] is None else from_plain(result["attention"], AttentionSpec)
 
 
 def report_part(report: Report, index: int, count: int, fraction: float) -> None:
@@ -125,10 +136,10 @@ def profile_shapes(spec: GraphSpec, ranges: Ranges) -> dict[str, list[tuple[int,
 
 
 def run_worker(job: Mapping[str, Any], name: str, report: Report) -> Mapping[str, Any]:
-    """Runs a job of `tensorrt_worker` to its end; whatever ends it early ends the worker too.
+    """Runs a job of `worker` to its end; whatever ends it early ends the worker too.
 
     Args:
-        job: as `tensorrt_worker.build` takes it.
+        job: as `worker.build` takes it.
         name: of what is built, for errors.
         report: called with the fraction done, in this thread.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +50,7 @@ class Cuda:
     def __init__(self, extra: str, index: int = 0) -> None:
         self._rt = load_cuda(extra)
         self._index = index
+        self._allocated: dict[int, int] = {}  # address -> bytes
         self.info = find_device(self._rt, extra, index)
         use_device(self._rt, index)
         self.stream = int(self._call(self._rt.cudaStreamCreateWithFlags, NON_BLOCKING))
@@ -85,10 +87,16 @@ class Cuda:
         free, _ = self._call(self._rt.cudaMemGetInfo)
         return int(free)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What is allocated here; a library's own memory, as of weights, is not in it."""
+        return sum(list(self._allocated.values()))
+
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Memory on the GPU, not cleared; raises OutOfMemoryError."""
         address = int(self._call(self._rt.cudaMalloc, max(nbytes, 1), what=f"{nbytes / 1e6:.0f} MB on the GPU"))
-        return DeviceBuffer(address, nbytes, self._rt.cudaFree)
+        self._allocated[address] = nbytes
+        return DeviceBuffer(address, nbytes, partial(_free, self._rt.cudaFree, self._allocated))
 
     def host_array(self, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array in pinned host memory, from and to which copies run at full speed; raises OutOfMemoryError."""
@@ -131,6 +139,12 @@ class Cuda:
 
     def _call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any, what: str = "") -> Any:
         return call(self._rt, function, *arguments, what=what)
+
+
+def _free(free: Callable[[int], object], allocated: dict[int, int], address: int) -> None:
+    """Gives memory back."""
+    allocated.pop(address, None)
+    free(address)
 
 
 class DeviceBuffer:

@@ -45,8 +45,14 @@ class Library:
         return "gpus" in backend_info(self.backend).options
 
     def builder_config(self, builder: Any, targets: Sequence[str]) -> Any:
-        """A builder config for the targets; a timing cache is never set, for it asks for a GPU."""
+        """A builder config for the targets; a timing cache is never set, for it asks for a GPU.
+
+        Where the library has it, plans are refused that would allocate memory behind the caller's back.
+        """
         config = builder.create_builder_config()
+        own_memory = self.trt.BuilderFlag.__members__.get("REQUIRE_USER_ALLOCATION")
+        if own_memory is not None:
+            config.set_flag(own_memory)
         if self.builds_without_gpu:
             config.num_compute_capabilities = len(targets)
             for i, target in enumerate(targets):

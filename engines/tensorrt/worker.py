@@ -17,17 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from t2v_rt.engines.tensorrt.attention import check_attention, prepare_attention
 from t2v_rt.engines.tensorrt.libraries import Library, load_library
+from t2v_rt.engines.tensorrt.plan_text import read_plan
 from t2v_rt.errors import EngineError, T2VError
 from t2v_rt.system.files import create_private
 from t2v_rt.system.resources import peak_rss_bytes
 
 CONTEXT = re.compile(r"Total Activation Memory: (\d+) bytes")  # said once for each shape profile
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
-NOT_FUSED = "Attention operation was not supported by a dedicated kernel"
+NOT_FUSED = "Attention operation was not supported by a dedicated kernel"  # so the library says
 Report = Callable[[float], None]
 
 
@@ -37,9 +40,6 @@ def make_log(trt: Any) -> Any:
     class BuilderLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.forget()
-
-        def forget(self) -> None:
             self.errors: list[str] = []
             self.context_bytes: list[int] = []
             self.weights_bytes = 0
@@ -111,16 +111,17 @@ def build(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Builds a plan.
 
     Args:
-        job: `backend`, `graph` and `plan` (paths), `targets`, and `profiles`: input -> min, opt and max shape of each.
+        job: `backend`, `graph` and `plan` (paths), `targets`, `profiles`: input -> min, opt and max shape of each, and
+            `accumulation`: what attention is to add up in: `fp32`, or anything where it is `fp16` or None.
         report: called with the fraction done.
 
     Returns:
-        `context_bytes` of each profile, `weights_bytes`, `fused_attention`, `version` of the library, `seconds` and
-        `peak_rss_bytes` of this process.
+        `context_bytes` of each profile, `weights_bytes`, `attention`: the fields of `AttentionSpec` or None, `version`
+        of the library, `seconds` and `peak_rss_bytes` of this process.
 
     Raises:
         BackendError: the library is missing.
-        EngineError: it cannot read the graph, build it, or tell its memory.
+        EngineError: it cannot read the graph, build it, or tell its memory; or attention is not what was wanted.
         OSError: the plan cannot be written.
     """
     start = time.perf_counter()
@@ -132,6 +133,7 @@ def build(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["graph"]):
         raise EngineError(f"{_named(library)} cannot read {job['graph']}: {parser.get_error(0).desc()}")
+    attentions = prepare_attention(trt, network)
     config = library.builder_config(builder, job["targets"])
     config.progress_monitor = make_monitor(trt, report)
     for shapes in job["profiles"]:
@@ -139,23 +141,22 @@ def build(job: Mapping[str, Any], report: Report) -> dict[str, Any]:
         for name, (low, best, high) in shapes.items():
             profile.set_shape(name, low, best, high)
         config.add_optimization_profile(profile)
-    fused = True
-    if not _serialize(library, builder, network, config, Path(job["plan"])):
-        if not any(NOT_FUSED in message for message in log.errors) or not allow_decomposition(trt, network):
-            raise EngineError(f"{_named(library)} cannot build {job['graph']}: {_first(log.errors)}")
-        fused = False
-        log.forget()
-        if not _serialize(library, builder, network, config, Path(job["plan"])):
-            raise EngineError(f"{_named(library)} cannot build {job['graph']}: {_first(log.errors)}")
+    plan = Path(job["plan"])
+    if not _serialize(library, builder, network, config, plan):
+        raise EngineError(f"{_named(library)} cannot build {job['graph']}: {_reason(log.errors)}")
     if len(log.context_bytes) != len(job["profiles"]):
         raise EngineError(
             f"{_named(library)} told the context memory of {len(log.context_bytes)} shape profiles; expected "
             f"{len(job['profiles'])}: its log has changed, install another version"
         )
+    attention = None
+    if attentions:
+        with plan.open("rb") as stream:
+            attention = asdict(check_attention(job["graph"], job["accumulation"], attentions, read_plan(stream)))
     return {
         "context_bytes": log.context_bytes,
         "weights_bytes": log.weights_bytes,
-        "fused_attention": fused,
+        "attention": attention,
         "version": library.version,
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -172,24 +173,13 @@ def _serialize(library: Library, builder: Any, network: Any, config: Any, path: 
     return done
 
 
-def allow_decomposition(trt: Any, network: Any) -> bool:
-    """Lets attentions be computed by several kernels; returns whether there are any.
-
-    A fused kernel exists for some head sizes only. The parser's layers come as plain ones, so they get their class.
-    """
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    found = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    for layer in found:
-        layer.__class__ = trt.IAttentionInputLayer
-        layer.attention.decomposable = True
-    return bool(found)
-
-
 def _named(library: Library) -> str:
     return f"{library.backend} {library.version}"
 
 
-def _first(errors: Sequence[str]) -> str:
+def _reason(errors: Sequence[str]) -> str:
+    if any(NOT_FUSED in error for error in errors):
+        return "it has no kernel for one of the attentions as a whole; install the version that t2v-rt was tested with"
     return errors[0] if errors else "it gave no reason"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export.attention import attend
 from t2v_rt.export.config import option, require
 from t2v_rt.export.graph import GraphWriter, transpose
 from t2v_rt.export.tensors import CheckpointWeights
@@ -148,9 +149,7 @@ def _self_attention(g: GraphWriter, config: TextEncoderConfig, name: str, x: str
     query, key, value = (g.linear(normed, f"{attention}.{part}", config.dim, inner, bias=False) for part in "qkv")
     table = g.weight(f"{attention}.relative_attention_bias.weight", (config.buckets, config.heads), half=False)
     bias = g.op("Unsqueeze", g.transpose(g.op("Gather", table, buckets), [2, 0, 1]), g.const([0]))
-    attended = g.op(
-        "Attention", query, key, value, g.half(bias), q_num_heads=config.heads, kv_num_heads=config.heads, scale=1.0
-    )
+    attended = attend(g, query, key, value, g.half(bias), heads=config.heads, scale=1.0)
     return g.full(g.linear(attended, f"{attention}.o", inner, config.dim, bias=False))
 
 

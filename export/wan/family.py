@@ -16,7 +16,8 @@ from t2v_rt.errors import CheckpointError
 from t2v_rt.export import tokenizer
 from t2v_rt.export.config import INDEX, CheckpointConfigs
 from t2v_rt.export.family import SHARD_BYTES, TEXT_ENCODER, Ranges
-from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter
+from t2v_rt.export.precision import Accumulation, Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 from t2v_rt.export.text_encoders.t5 import EMBEDDING, TextEncoderConfig, embedding_name, write_blocks
@@ -117,9 +118,12 @@ class WanConfigs:
         return component_ranges(model, profiles, tiles, tuple(self.text_blocks))
 
     def graph_options(
-        self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
+        self,
+        ranges: Mapping[str, Mapping[str, Sequence[Ranges]]],
+        float32_matmul: bool,
+        accumulation: Accumulation = "fp32",
     ) -> dict[str, dict[str, GraphOptions]]:
-        return component_options(self.model(), ranges, self.transformer.ffn_dim, float32_matmul)
+        return component_options(self.model(), ranges, self.transformer.ffn_dim, float32_matmul, accumulation)
 
     def plan_precision(self, component: str, wanted: Precision, turing: bool) -> Precision:
         """Half precision suits the text encoder, which overflows in fp16 unless parts of it are kept in float32, as

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from t2v_rt.engines.bundle.manifest import TileSpec
-from t2v_rt.engines.bundle.model import ModelSpec
+from t2v_rt.engines.bundle.model import ModelSpec, thumbnail_size
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import Accumulation
 
 Ranges = Mapping[str, Range]
 BUILT_GRIDS = ((1, 1), (2, 2), (3, 4))  # of the VAE decoder: the whole frame, and tiles for when it does not fit
@@ -18,6 +19,9 @@ HALF = 2
 # Bytes of the feed-forward's widened values that need no slices, and that a slice should have where there are any.
 UNSLICED, SLICE = 64_000_000, 50_000_000
 LEAST_SLICES = 12  # with less than ten the builder runs several at once again
+# An attention is one kernel, and Windows ends one after 2 s on a card that drives the display. Of 1280x720 with 81
+# frames (75,600 tokens, 35 TFLOP) it would take 1.7 s on a GeForce RTX 4060 and 2.0 s on a 3060, by their peak rates.
+TOKENS_OF_A_KERNEL, KERNELS = 50_000, 2
 
 
 def with_grids(tiles: TileSpec, model: ModelSpec, profiles: Sequence[VideoProfile]) -> TileSpec:
@@ -55,10 +59,11 @@ def component_ranges(
         text_roles: of the text encoder's engines.
 
     Returns:
-        Component -> role -> a mapping of symbols to ranges for each profile.
+        Component -> role -> a mapping of symbols to ranges for each profile; the VAE decoder's last ones are those of
+        the thumbnails that previews decode.
     """
     text = {"batch": Range.of(1), "length": Range(1, min(TYPICAL_PROMPT, model.text.length), model.text.length)}
-    frames, images, parts = [], [], []
+    frames, images, parts, thumbnails = [], [], [], []
     for profile in profiles:
         image = {
             "height": _divided(profile.height, model.latents.spatial_factor),
@@ -66,6 +71,7 @@ def component_ranges(
         }
         latents = profile.num_frames.map(model.decode.latents)
         images.append(image)
+        thumbnails.append(_thumbnails(image))
         frames.append({"batch": Range.of(1), "frames": latents, **image})
         parts += [
             {
@@ -74,7 +80,8 @@ def component_ranges(
             }
             for grid in tiles.grids
         ]
-    head, tail = _distinct(images), _distinct(parts)
+    small = [{name: sizes.map(lambda size: size * tiles.scale) for name, sizes in item.items()} for item in thumbnails]
+    head, tail = _distinct([*images, *thumbnails]), _distinct([*parts, *small])
     return {
         "text_encoder": dict.fromkeys(text_roles, (text,)),
         "transformer": {"model": _distinct(frames)},
@@ -83,7 +90,11 @@ def component_ranges(
 
 
 def component_options(
-    model: ModelSpec, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], ffn_dim: int, float32_matmul: bool
+    model: ModelSpec,
+    ranges: Mapping[str, Mapping[str, Sequence[Ranges]]],
+    ffn_dim: int,
+    float32_matmul: bool,
+    accumulation: Accumulation,
 ) -> dict[str, dict[str, GraphOptions]]:
     """The form of each engine's graph.
 
@@ -92,6 +103,7 @@ def component_options(
         ranges: from `component_ranges`.
         ffn_dim: width of the denoiser's feed-forward.
         float32_matmul: whether all GPUs can multiply float32 matrices.
+        accumulation: what attention adds up in.
 
     Returns:
         Component -> role -> options.
@@ -105,22 +117,38 @@ def component_options(
                 for symbol in firsts
                 if firsts[symbol].fixed and all(sizes[symbol] == firsts[symbol] for sizes in profiles)
             }
-            slices = 1
+            options = GraphOptions(fixed, float32_matmul=float32_matmul, accumulation=accumulation)
             if name == "transformer":
-                fixed["text"], slices = model.text.length, _slices(model, profiles, ffn_dim)
-            graph_options.setdefault(name, {})[role] = GraphOptions(fixed, slices, float32_matmul)
+                fixed["text"], tokens = model.text.length, _most_tokens(model, profiles)
+                parts = 1 if tokens <= TOKENS_OF_A_KERNEL else KERNELS
+                options = replace(options, slices=_slices(tokens * ffn_dim * HALF), attention_parts=parts)
+            graph_options.setdefault(name, {})[role] = options
     return graph_options
 
 
-def _slices(model: ModelSpec, profiles: Sequence[Ranges], ffn_dim: int) -> int:
-    tokens = max(
-        math.prod(
-            sizes[axis].max // size for axis, size in zip(("frames", "height", "width"), model.patch, strict=True)
-        )
-        for sizes in profiles
-    )
-    widened = tokens * ffn_dim * HALF
+def _most_tokens(model: ModelSpec, profiles: Sequence[Ranges]) -> int:
+    axes = tuple(zip(("frames", "height", "width"), model.patch, strict=True))
+    return max(math.prod(sizes[axis].max // size for axis, size in axes) for sizes in profiles)
+
+
+def _slices(widened: int) -> int:
+    """Slices for so many bytes of widened values."""
     return 1 if widened <= UNSLICED else max(LEAST_SLICES, math.ceil(widened / SLICE))
+
+
+def _thumbnails(image: Ranges) -> dict[str, Range]:
+    """The latent rows and columns of the thumbnails of all videos of a profile: their size does not rise steadily."""
+    height, width = image["height"], image["width"]
+    made = [thumbnail_size(rows, columns) for rows in _all(height) for columns in _all(width)]
+    best = thumbnail_size(height.opt, width.opt)
+    return {
+        name: Range(min(sizes), opt, max(sizes))
+        for name, opt, sizes in zip(("height", "width"), best, zip(*made, strict=True), strict=True)
+    }
+
+
+def _all(sizes: Range) -> range:
+    return range(sizes.min, sizes.max + 1)
 
 
 def _divided(pixels: Range, factor: int) -> Range:

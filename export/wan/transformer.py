@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export.attention import attend, project_values
 from t2v_rt.export.config import option, require
 from t2v_rt.export.graph import GraphWriter, transpose
 from t2v_rt.export.tensors import Transform
@@ -291,9 +292,12 @@ def _attention(
         _normed_projection(g, config, f"{name}.to_{q}", f"{name}.norm_{q}", source, rotary)
         for q, source in (("q", x), ("k", context))
     )
-    value = g.linear(context, f"{name}.to_v", dim, dim)
-    operands = [query, key, value] + ([mask] if mask else [])
-    attended = g.op("Attention", *operands, q_num_heads=config.heads, kv_num_heads=config.heads)
+    if rotary is None:
+        value = g.linear(context, f"{name}.to_v", dim, dim)
+        attended = attend(g, query, key, value, mask, heads=config.heads)
+    else:
+        value, mean = project_values(g, context, f"{name}.to_v", dim, dim)
+        attended = attend(g, query, key, value, heads=config.heads, mean=mean, parts=g.options.attention_parts)
     return g.linear(attended, f"{name}.to_out.0", dim, dim)
 
 

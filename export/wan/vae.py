@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.errors import CheckpointError
+from t2v_rt.export.attention import attend
 from t2v_rt.export.config import option, require
 from t2v_rt.export.graph import GraphWriter
 
@@ -202,7 +203,7 @@ class VaeDecoderGraph:
             self._bias(f"{name}.to_qkv", 3 * width),
         )
         tokens = g.transpose(g.reshape(qkv, [1, 3 * width, -1]), [0, 2, 1])
-        attended = g.op("Attention", *g.ops("Split", 3, tokens, axis=2, num_outputs=3), q_num_heads=1, kv_num_heads=1)
+        attended = attend(g, *g.ops("Split", 3, tokens, axis=2, num_outputs=3), heads=1)
         image = g.op("Reshape", g.transpose(attended, [0, 2, 1]), g.op("Shape", x))
         weight = g.weight(f"{name}.proj.weight", (width, width, 1, 1))
         return g.add(g.op("Conv", image, weight, self._bias(f"{name}.proj", width)), x)

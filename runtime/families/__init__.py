@@ -70,11 +70,20 @@ class Call:
         role: of the engine.
         feeds: its inputs.
         output: name of the output that is kept.
+        variant: what tells it from other calls of the same engine; empty for the only one.
+        spare: whether a device that has no memory for it may leave it out: it will not work at these sizes either.
     """
 
     role: str
     feeds: dict[str, NDArray[Any]]
     output: str
+    variant: str = ""
+    spare: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name among the calls of its component: the role, and the variant after a dot."""
+        return f"{self.role}.{self.variant}" if self.variant else self.role
 
 
 class Family(Protocol):
@@ -126,12 +135,14 @@ class Family(Protocol):
     ) -> Iterator[Call]:
         """The self-test's calls of a component; later ones may take what earlier ones gave.
 
+        Every shape profile is called, whose kernels are its own. Calls that share a state come one after another.
+
         Args:
             name: of the component.
             component: loaded; the bundle's own, or its reference.
             model: constants of the model.
             built: what the manifest says of the bundle's own, whose sizes are tested.
-            results: what the calls gave so far.
+            results: what the calls gave so far; a call that was left out has added nothing.
         """
         ...
 

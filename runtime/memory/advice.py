@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +13,25 @@ from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.profiles import holds
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.decode.tiles import parse_grid
+from t2v_rt.runtime.families import family_of
+from t2v_rt.runtime.memory.estimates import Way, denoise_stage
 from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes, to_json
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import Request, make_request
 
+logger = logging.getLogger(__name__)
 SHRINK = 0.9  # of height and width, from one try to the next
 
 
 def largest_fitting(
-    manifest: Manifest, height: int, width: int, num_frames: int, budget: int, own_memory: bool | None = None
+    manifest: Manifest,
+    height: int,
+    width: int,
+    num_frames: int,
+    budget: int,
+    own_memory: bool | None = None,
+    free: int | None = None,
+    previews: bool = False,
 ) -> dict[str, int] | None:
     """The largest video, of one size with fewer frames or else smaller, whose plan fits a budget.
 
@@ -32,6 +44,8 @@ def largest_fitting(
         num_frames: of the request that does not fit.
         budget: bytes.
         own_memory: as `make_plan` takes it.
+        free: as `make_plan` takes it.
+        previews: as `make_plan` takes it.
 
     Returns:
         `height`, `width` and `num_frames`, or None where nothing fits.
@@ -39,7 +53,7 @@ def largest_fitting(
 
     def fits(size: tuple[int, int, int]) -> bool:
         shape = manifest.model.latent_shape(1, *size)
-        return make_plan(manifest, shape, budget=budget, own_memory=own_memory).fits
+        return make_plan(manifest, shape, budget=budget, own_memory=own_memory, free=free, previews=previews).fits
 
     shorter, smaller = _smaller(manifest, height, width, num_frames)
     for built in (True, False):
@@ -72,14 +86,40 @@ def check_room(manifest: Manifest, request: Request, plan: MemoryPlan, own_memor
         RequestError: more is needed than there is or the budget allows; names the largest video that fits.
     """
     size = request.height, request.width, request.num_frames
+    measured = plan.free_bytes is not None
     checks = [
         (plan.host_bytes, plan.available_bytes, "the memory available"),
-        (plan.least_bytes, plan.budget_bytes, "the budget"),
+        (plan.least_bytes, plan.budget_bytes, "what the GPU has free for it" if measured else "the budget"),
     ]
     for needed, room, what in checks:
         if room is not None and needed > room:
-            best = largest_fitting(manifest, *size, room, own_memory)
-            raise RequestError(plan.refusal(needed, room, what, advise(manifest, best)))
+            previews = plan.preview is not None
+            best = largest_fitting(manifest, *size, room, own_memory, plan.free_bytes, previews)
+            advice = advise(manifest, best)
+            others = "end other programs that use the GPU, or ask for less: " if measured else ""
+            raise RequestError(plan.refusal(needed, room, what, f"{others}{advice}"))
+
+
+def warn_of_spilling(plan: MemoryPlan, free: int | None) -> None:
+    """Warns where a budget that the user gave lets a request take more than a card has free.
+
+    Args:
+        plan: of the request's memory.
+        free: bytes that other programs leave of the card; None where that is not known.
+    """
+    planned = plan.peak_bytes - plan.reserve_bytes  # which stands for what is on the card already
+    if free is not None and planned > free:
+        spilling = (
+            "; Windows moves what is too much to the machine's memory, which is far slower, unless the NVIDIA control "
+            "panel's 'CUDA - Sysmem Fallback Policy' is 'Prefer No Sysmem Fallback'"
+        )
+        logger.warning(
+            "this request is planned with %.3g GB, %.3g GB of the GPU are free; end other programs that use it, or "
+            "give a smaller vram_budget%s",
+            planned / 1e9,
+            free / 1e9,
+            spilling if sys.platform == "win32" else "",
+        )
 
 
 def plan_request(
@@ -89,6 +129,7 @@ def plan_request(
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
     provider: str | None = None,
+    previews: bool = False,
 ) -> dict[str, Any]:
     """Plans a request of a bundle that is known by its manifest alone.
 
@@ -98,10 +139,12 @@ def plan_request(
         vram_budget: memory of the card, bytes or text such as `8GiB`.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; None for the coarsest grid that keeps to the budget.
         provider: of ONNX Runtime, `cpu` or `cuda`, whether it is here or not; None for `cpu`.
+        previews: whether a preview is made after each step.
 
     Returns:
-        `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it; and where it does not fit,
-        `largest_fitting`: the size and frames of one that does, or None; `advice` says it in words.
+        `backend`, `height`, `width`, `num_frames`, the plan as `to_json` tells it, `profiles` as `profile_contexts`
+        does; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None; `advice` says
+        it in words.
 
     Raises:
         RequestError: a size that the model cannot make, or a budget or tiles that cannot be read.
@@ -113,18 +156,51 @@ def plan_request(
     budget = None if vram_budget is None else parse_bytes(vram_budget)
     grid = None if vae_tiles is None else parse_grid(vae_tiles)
     size = request.height, request.width, request.num_frames
-    made = make_plan(manifest, manifest.model.latent_shape(1, *size), budget=budget, grid=grid, own_memory=card)
+    shape = manifest.model.latent_shape(1, *size)
+    made = make_plan(manifest, shape, budget=budget, grid=grid, own_memory=card, previews=previews)
     report = {
         "backend": manifest.backend,
         "height": size[0],
         "width": size[1],
         "num_frames": size[2],
         **to_json(made),
+        "profiles": profile_contexts(manifest, size, made.ways[0]),
     }
     if not made.fits and budget is not None:
-        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card)
+        report["largest_fitting"] = best = largest_fitting(manifest, *size, budget, card, previews=previews)
         report["advice"] = advise(manifest, best)
     return report
+
+
+def profile_contexts(manifest: Manifest, size: tuple[int, int, int], way: Way) -> list[dict[str, Any]]:
+    """What plans work in for each of the sizes that they were built for; empty where any size will do.
+
+    Args:
+        manifest: of the bundle.
+        size: height, width and frames of a request.
+        way: that it is decoded in.
+
+    Returns:
+        For each profile `video`, its sizes in words; `ranged`, whether these are several, of which all are planned with
+        the context of the largest; `used`, whether the request is of it; `context_bytes` of the denoise and the decode
+        stage.
+    """
+    family, used, rows = family_of(manifest.model), False, []
+    for profile in manifest.profiles:
+        largest = profile.height.max, profile.width.max, profile.num_frames.max
+        shape = manifest.model.latent_shape(1, *largest)
+        stages = denoise_stage(manifest, shape, False)[0], family.decode_memory(manifest, shape, way, 0)[0]
+        holding = not used and holds((profile,), *size)  # the first that holds it
+        used = used or holding
+        rows.append(
+            {
+                "video": str(profile),
+                "ranged": not all(sizes.fixed for sizes in vars(profile).values()),
+                "used": holding,
+                "context_bytes": {stage.name: stage.context_bytes for stage in stages},
+            }
+        )
+    return rows
 
 
 def _smaller(

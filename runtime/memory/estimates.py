@@ -15,6 +15,7 @@ from t2v_rt.runtime.decode.tiles import WHOLE, Grid, fed_length
 
 FLOAT = 4
 RGB = 3 * FLOAT
+COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}  # whose engines a stage uses
 Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
 TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
@@ -44,8 +45,18 @@ class StageMemory:
     staging_bytes: int = 0
 
     @property
+    def component(self) -> str:
+        """Whose engines it uses."""
+        return COMPONENTS[self.name]
+
+    @property
+    def work_bytes(self) -> int:
+        """What it works in: memory that the next stage has after it."""
+        return self.context_bytes + self.state_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.context_bytes + self.state_bytes + self.io_bytes
+        return self.weights_bytes + self.work_bytes + self.io_bytes
 
 
 def encode_stage(manifest: Manifest, *, streamed: bool) -> StageMemory:

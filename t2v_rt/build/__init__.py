@@ -43,6 +43,7 @@ def build_engines(
     vram_budget: int | str | None = None,
     with_text_encoder: bool = True,
     text_encoder_weights: str | None = None,
+    attention_accumulation: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -81,6 +82,7 @@ def build_engines(
         vram_budget=vram_budget,
         with_text_encoder=with_text_encoder,
         text_encoder_weights=text_encoder_weights,
+        attention_accumulation=attention_accumulation,
     )
     return build(options, output, force=force, progress=progress)
 
@@ -193,7 +195,7 @@ def _remember_hashes(target: Path, manifest: Manifest) -> None:
 
 
 def _precision(backend: str, given: str | None) -> str:
-    from t2v_rt.export.graph import check_precision
+    from t2v_rt.export.precision import check_precision
 
     info = backend_info(backend)
     precision = check_precision(given or info.precisions[0])

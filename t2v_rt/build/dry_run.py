@@ -63,7 +63,7 @@ def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec
     graphs = {}
     for role, graph in spec.graphs.items():
         profiles = tuple(PlanProfile(dict(ranges), _context(job, unit, role, ranges)) for ranges in unit.ranges[role])
-        graphs[role] = replace(graph, plan=PlanSpec(profiles, graph.weights_bytes, fused_attention=True))
+        graphs[role] = replace(graph, plan=PlanSpec(profiles, graph.weights_bytes))
     return replace(spec, graphs=graphs, weights_bytes=sum(graph.weights_bytes for graph in graphs.values()))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit, graph_units, plan_units
@@ -25,11 +25,15 @@ from t2v_rt.export import components
 from t2v_rt.export.checkpoint import Checkpoint
 from t2v_rt.export.config import read_defaults
 from t2v_rt.export.family import FAMILIES, TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions, check_precision
+from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import check_precision
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.export.weight_file import WeightFile, WeightSizes
 from t2v_rt.system.files import free_disk_bytes, remove_tree
 from t2v_rt.system.resources import available_memory_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 FULL_SIZE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "int4": 7}  # of float32 weights, in units of those stored
@@ -65,7 +69,7 @@ def code_files(makes_plans: bool, module: str, family: str) -> list[Path]:
     files += [file for file in [runtime / "families" / f"{family}.py"] if file.is_file()]  # a program may bring its own
     if makes_plans:
         plans = Path(t2v_rt.engines.tensorrt.__path__[0])
-        files += [plans / f"{name}.py" for name in ("builder", "libraries", "worker")]
+        files += [plans / f"{name}.py" for name in ("attention", "builder", "libraries", "plan_text", "worker")]
     return files
 
 
@@ -143,6 +147,7 @@ class BuildJob:
             components={},
             targets=self.targets,
             profiles=profiles if self.makes_plans else (),
+            attention_accumulation=self.options.accumulation if self.makes_plans else "",
             encoder_id="" if estimate else self.source.encoder_digest()[:16],
         )
 
@@ -158,6 +163,7 @@ class BuildJob:
             "precision": self.precision,
             "targets": self.targets,
             "text_weights": self.text_weights,
+            "attention_accumulation": self.options.accumulation if self.makes_plans else "",
             "profiles": to_plain(profiles),
             "units": {name: self.configs.units(name) for name in self.names},
             "code": code.hexdigest(),
@@ -170,7 +176,8 @@ class BuildJob:
         asked = (self.configs, self.names, check_precision(self.precision), self.text_weights)
         if not self.makes_plans:
             return graph_units(*asked)
-        return plan_units(*asked, profiles=manifest.profiles, turing="sm75" in self.targets)
+        turing = "sm75" in self.targets
+        return plan_units(*asked, profiles=manifest.profiles, turing=turing, accumulation=self.options.accumulation)
 
     def _export(self, unit: Unit, folder: Path, store_type: type[WeightFile] = WeightFile) -> ComponentSpec:
         spec = components.export_component(
@@ -206,8 +213,10 @@ class BuildJob:
 
         spec = self._export(unit, work.scratch)
         nodes = {role: count_nodes(work.scratch / graph.path) for role, graph in spec.graphs.items()}
+        sums = {role: graph_options.accumulation for role, graph_options in (unit.graph_options or {}).items()}
         builder = PlanBuilder(self.backend, self.targets)
-        return dict(to_plain(builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, report)))
+        built = builder.build_component(work.scratch, work.bundle, spec, unit.ranges, nodes, sums, report)
+        return dict(to_plain(built))
 
     def copy_embedding(self, work: WorkFolder) -> Result:
         """Copies the text encoder's table; returns its spec as JSON."""
@@ -241,7 +250,7 @@ class BuildJob:
 
         again = self.precision != "fp32" or bool(built.weights)
         place = work.scratch if again else work.bundle
-        answers = []
+        answers: dict[str, NDArray[Any]] = {}
         for shard in built.shards:
             spec = shard
             if again:
@@ -249,7 +258,8 @@ class BuildJob:
                     name, self.source, self.configs, place, "fp32", roles=tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
-                answers += self_test.run_calls(name, component, manifest.model, built)
+                calls = self_test.make_calls(name, component, manifest.model, built)
+                answers |= {made.call.label: made.result for made in calls}
             if again:
                 remove_tree(place / name)
         self_test.record(name, answers, work.bundle)
@@ -259,7 +269,7 @@ class BuildJob:
         """What quantized weights cost, run by ONNX Runtime: plans as the graphs that they were built from, at fp32."""
         from t2v_rt.runtime import self_test
 
-        results = []
+        results: dict[str, NDArray[Any]] = {}
         scheme = Quantization(self.text_weights, "DequantizeLinear")
         for shard in built.shards:
             place, spec = work.bundle, shard
@@ -269,7 +279,8 @@ class BuildJob:
                     name, self.source, self.configs, place, "fp32", graph_options, tuple(shard.graphs)
                 )
             with get_backend("onnxruntime").load(place, name, spec) as component:
-                results += self_test.run_calls(name, component, manifest.model, built)
+                calls = self_test.make_calls(name, component, manifest.model, built)
+                results |= {made.call.label: made.result for made in calls}
             if self.makes_plans:
                 remove_tree(place / name)
         return {"error": self_test.largest_error(name, results, work.bundle)}

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from t2v_rt.engines.backend_info import check_backend
+from t2v_rt.engines.backend_info import check_backend, check_options
 from t2v_rt.engines.bundle.profiles import Sizes, parse_profiles
 from t2v_rt.engines.tensorrt.libraries import check_targets
 from t2v_rt.errors import RequestError
+from t2v_rt.export.precision import ACCUMULATIONS, Accumulation, check_accumulation
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.numbers import as_flag
 from t2v_rt.options import option
@@ -45,6 +46,9 @@ class BuildOptions:
             which `t2v-rt encode` writes.
         text_encoder_weights: `int8` or `int4` stores the text encoder's matrices in so many bits, and measures and
             tells what that costs; float weights where it is left out.
+        attention_accumulation: what attention of float16 plans adds up in. `fp32` (where it is left out) is right for
+            any values. `fp16` is for GeForce, whose float32 sums take twice the time: the denoiser's attention among a
+            video's tokens then errs more. Plans of precision bf16 add up in float32 and take no `fp16`.
 
     Raises:
         BackendError: an unknown backend or GPU, or GPUs for a backend that does not build for named ones.
@@ -74,6 +78,7 @@ class BuildOptions:
         help="leave the text encoder out: videos are made from prompt embeddings, which t2v-rt encode writes",
     )
     text_encoder_weights: str | None = option(None, metavar="KIND")
+    attention_accumulation: str | None = option(None, metavar="KIND")
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -89,6 +94,16 @@ class BuildOptions:
             raise RequestError(f"with_text_encoder is {self.with_text_encoder!r}; expected True or False")
         if self.text_encoder_weights is not None:
             Quantization(self.text_encoder_weights, "MatMulNBits")  # refuses an unknown kind
+        check_options(self.backend, {"attention_accumulation": self.attention_accumulation})
+        if self.accumulation == "fp16" and self.precision == "bf16":
+            raise RequestError(
+                "attention_accumulation is 'fp16' and precision 'bf16', whose sums are float32; leave one of them out"
+            )
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """What attention of plans adds up in."""
+        return check_accumulation(self.attention_accumulation or ACCUMULATIONS[0])
 
     @property
     def targets(self) -> tuple[str, ...]:

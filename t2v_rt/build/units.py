@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions, Precision
+from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import Accumulation, Precision
 from t2v_rt.export.quantize import Quantization
 
 
@@ -68,6 +69,7 @@ def plan_units(
     *,
     profiles: Sequence[VideoProfile],
     turing: bool,
+    accumulation: Accumulation = "fp32",
 ) -> tuple[Unit, ...]:
     """The units of plans, in the order they are made.
 
@@ -78,9 +80,10 @@ def plan_units(
         text_weights: `int8` or `int4` for the text encoder's matrices, or empty.
         profiles: of videos that the plans are built for.
         turing: whether a GPU of the sm75 is among their targets, which multiplies neither float32 nor bfloat16.
+        accumulation: what attention adds up in.
     """
     ranges = configs.ranges(profiles)
-    graph_options = dict(configs.graph_options(ranges, float32_matmul=not turing))
+    graph_options = dict(configs.graph_options(ranges, not turing, accumulation))
     if text_weights:
         scheme = Quantization(text_weights, "DequantizeLinear")
         graph_options[TEXT_ENCODER] = {

@@ -31,7 +31,7 @@ class EncodeOptions(BackendOptions):
         engines: folder of a bundle that has its text encoder.
         output: .npz file that the embeddings are written to, for `t2v-rt generate --prompt-embeds`.
         negative_prompt: what to steer away from; the bundle's own where it is left out.
-        vram_budget: memory the engines may take, such as `8GiB`.
+        vram_budget: memory the engines may take, such as `8GiB`; what the card has free where it is left out.
     """
 
     prompt: str = option(positional=True, metavar="PROMPT")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from t2v_rt.commands.bars import Bars
 from t2v_rt.commands.parsing import declare_options, given_options
 from t2v_rt.engines.bundle.manifest import Manifest, from_plain
-from t2v_rt.errors import RequestError
+from t2v_rt.errors import PreviewError, RequestError, T2VError
 from t2v_rt.numbers import as_number
 from t2v_rt.options import option
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
@@ -29,9 +29,10 @@ from t2v_rt.runtime.pipeline import TextToVideoPipeline
 from t2v_rt.runtime.prompts.file import PromptEmbeds, load_prompt
 from t2v_rt.runtime.prompts.tokenizer import check_text
 from t2v_rt.runtime.request import NO_ARRAYS, CallArrays
-from t2v_rt.runtime.run import CallHooks, FrameStream, StepCallback
+from t2v_rt.runtime.run import CallHooks, FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.schedulers.base import Scheduler
+from t2v_rt.runtime.step_callback import StepCallback
 from t2v_rt.runtime.video import (
     check_output,
     check_png,
@@ -76,7 +77,7 @@ class GenerateOptions(CallOptions, BackendOptions):
         flow_shift: shift of the noise schedule; the scheduler's own where it is left out.
         prompt_embeds: file of a prompt and a negative prompt that `t2v-rt encode` wrote, instead of both texts.
         prompt_cache: whether embeddings are looked up and kept in the user's cache.
-        vram_budget: memory the engines may take, such as `8GiB`; all that the device has where it is left out.
+        vram_budget: memory the engines may take, such as `8GiB`; what the card has free where it is left out.
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit where it is left out.
         contact_sheet: png file that all frames are written to as well, side by side.
         preview: png file that is written anew after each step.
@@ -315,7 +316,7 @@ def _start(
     if embeds is not None:
         arrays = CallArrays(prompt_embeds=embeds.prompt_embeds, negative_prompt_embeds=embeds.negative_prompt_embeds)
     callback = None if options.preview is None else _preview_writer(Path(options.preview))
-    return pipe.open_stream(options, arrays, CallHooks(callback, progress=progress))
+    return pipe.open_stream(options, arrays, CallHooks(callback, progress=progress, previews=callback is not None))
 
 
 def _preview_writer(path: Path) -> StepCallback:
@@ -323,7 +324,11 @@ def _preview_writer(path: Path) -> StepCallback:
 
     def write(pipe: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
         frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.latents.spatial_factor
-        write_png(path, contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS))
+        sheet = contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS)
+        try:
+            write_png(path, sheet)
+        except T2VError as exc:
+            raise PreviewError(str(exc)) from exc
 
     return write
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class PlanOptions:
         vae_tiles: tiles of the VAE decoder, such as `2x3`; as few as fit the budget where it is left out.
         provider: provider of ONNX Runtime that is planned for, whether it is here or not: `cpu` (where it is left out),
             or `cuda` (experimental), whose engines work in a card's memory.
+        previews: plan with a preview after each step, as `generate --preview` makes them.
         picture: svg file that the plan is drawn into as well, which takes t2v-rt[plots].
     """
 
@@ -51,6 +52,7 @@ class PlanOptions:
     vram_budget: str | int | None = option(None, metavar="SIZE")
     vae_tiles: str | None = option(None, metavar="RxC")
     provider: str | None = option(None, metavar="NAME")
+    previews: bool = option(False)
     picture: str | None = option(None, metavar="FILE")
 
 
@@ -73,6 +75,7 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
         vram_budget=options.vram_budget,
         vae_tiles=options.vae_tiles,
         provider=options.provider,
+        previews=options.previews,
     )
     if options.picture is not None:
         write_picture(report, options.picture)
@@ -89,6 +92,7 @@ def plan(
     vram_budget: str | int | None = None,
     vae_tiles: str | None = None,
     provider: str | None = None,
+    previews: bool = False,
 ) -> dict[str, Any]:
     """Plans a request.
 
@@ -96,9 +100,11 @@ def plan(
         folder: folder of the bundle.
 
     Returns:
-        `peak_bytes`, `budget_bytes`, `fits`, `resident`, `streamed`, `vae_tiles`, `parked_bytes`, `stages`, the
-        request's size; and where it does not fit, `largest_fitting`: the size and frames of one that does, or None;
-        `advice` says it in words.
+        `peak_bytes`, `budget_bytes`, `fits`, `kept` (names of the components that stay loaded), `resident` (whether
+        that is all of them), `streamed` (whether the text encoder is loaded engine by engine), `vae_tiles`,
+        `parked_bytes`, `stages`, the request's size, `profiles` (the contexts of each size that plans were built for);
+        and where it does not fit, `largest_fitting`: the size and frames of one that does, or None; `advice` says it in
+        words.
 
     Raises:
         BundleError: the bundle cannot be used.
@@ -107,10 +113,10 @@ def plan(
     """
     manifest = open_bundle(folder).manifest
     options = CallOptions(prompt="", seed=0, height=height, width=width, num_frames=num_frames)
-    return {
-        "bundle_id": manifest.bundle_id,
-        **plan_request(manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider),
-    }
+    made = plan_request(
+        manifest, options, vram_budget=vram_budget, vae_tiles=vae_tiles, provider=provider, previews=previews
+    )
+    return {"bundle_id": manifest.bundle_id, **made}
 
 
 def describe(report: Mapping[str, Any]) -> list[str]:
@@ -129,17 +135,37 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         cells = [*(stage[part] for part in PARTS), stage["total_bytes"]]
         cells += [stage["staging_bytes"]] if staged else []
         lines.append(f"{stage['name']:8}" + "".join(f"{cell / GB:9.3f}" for cell in cells))
-    kept = "all weights stay loaded" if report["resident"] else "each stage's weights are released after it"
-    kept += ", the text encoder's engine by engine" if report["streamed"] else ""
+    lines += [_profile_line(profile) for profile in _told_profiles(report["profiles"])]
     reserve = (
         f", {report['reserve_bytes'] / GB:.1f} of it kept for driver and desktop" if report["reserve_bytes"] else ""
     )
-    lines.append(f"peak {report['peak_bytes'] / GB:.3f} GB{reserve}, {kept}")
+    lines.append(f"peak {report['peak_bytes'] / GB:.3f} GB{reserve}; {_kept(report)}")
     if report["budget_bytes"] is not None:
         verdict = "fits" if report["fits"] else "does not fit"
         advice = "" if report["fits"] else f"; {report['advice']}"
         lines.append(f"{verdict} {report['budget_bytes'] / GB:.3f} GB{advice}")
     return lines
+
+
+def _kept(report: Mapping[str, Any]) -> str:
+    """What stays loaded, in words."""
+    if report["resident"]:
+        return "all weights stay loaded"
+    names = " and ".join(report["kept"])
+    stay = f"{names} {'stay' if len(report['kept']) > 1 else 'stays'} loaded" if names else "no weights stay loaded"
+    return f"{stay}, the text encoder's engines are loaded one by one" if report["streamed"] else stay
+
+
+def _told_profiles(profiles: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Those that say more than the table: of several sizes, or a range."""
+    return profiles if len(profiles) > 1 or any(profile["ranged"] for profile in profiles) else ()
+
+
+def _profile_line(profile: Mapping[str, Any]) -> str:
+    """What one profile of the plans works in."""
+    contexts = " and ".join(f"{size / GB:.3f} GB to {stage}" for stage, size in profile["context_bytes"].items())
+    ranged = ", for any video of the range" if profile["ranged"] else ""
+    return f"profile {profile['video']}: context {contexts}{ranged}{' (this request)' if profile['used'] else ''}"
 
 
 def picture(report: Mapping[str, Any]) -> bytes:

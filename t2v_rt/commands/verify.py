@@ -59,6 +59,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     """The report for a person."""
     return [
         f"{name:13}{'passed' if item['passed'] else 'FAILED'}  error {item['error']:.1e}, allowed {item['tolerance']:g}"
+        + (f"; no memory to test {', '.join(item['untested'])}" if item["untested"] else "")
         for name, item in report["components"].items()
     ]
 
@@ -79,7 +80,8 @@ def verify(
         folder: folder of the bundle.
 
     Returns:
-        `passed`, and for each component its error, tolerance and verdict.
+        `passed`, and for each component its error, tolerance and verdict, and the calls that were left out of it, as
+        the device has no memory for their sizes.
 
     Raises:
         BundleError: the bundle cannot be used, or carries no self-test.
@@ -100,7 +102,12 @@ def verify(
         "provider": backend_info(manifest.backend).default_provider if provider is None else provider,
         "passed": all(verdict.passed for verdict in verdicts),
         "components": {
-            verdict.component: {"error": verdict.error, "tolerance": verdict.tolerance, "passed": verdict.passed}
+            verdict.component: {
+                "error": verdict.error,
+                "tolerance": verdict.tolerance,
+                "passed": verdict.passed,
+                "untested": list(verdict.untested),
+            }
             for verdict in verdicts
         },
     }

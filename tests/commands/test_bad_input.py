@@ -265,7 +265,7 @@ BUNDLES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit("bundle.json", lambda c: c["files"].update({"C:\\x": {"sha256": "", "bytes": 0}})),
         "leaves the bundle",
     ),
-    "older schema": (_edit("bundle.json", lambda c: c.update(schema_version=1)), "schema 1, this version reads 4"),
+    "older schema": (_edit("bundle.json", lambda c: c.update(schema_version=1)), "schema 1, this version reads 5"),
     "newer schema": (_edit("bundle.json", lambda c: c.update(schema_version=99)), "schema 99"),
     "edited manifest": (_edit("bundle.json", lambda c: c["defaults"].update(fps=99.0)), "was edited"),
     "damaged manifest": (lambda folder: (folder / "bundle.json").write_text("{"), "cannot be read"),

@@ -184,7 +184,7 @@ def test_options_that_contradict_each_other(
 def test_inspect(narrow: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(narrow.bundle), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["schema_version"] == 4
+    assert report["schema_version"] == 5
     assert report["nodes"]["transformer/model.onnx"]["Attention"] == 4
     assert main(["inspect", str(narrow.bundle)]) == 0
     assert "transformer/model.onnx" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from t2v_rt.engines.contract import Component
 from t2v_rt.engines.onnxruntime.backend import PROVIDERS, OnnxRuntimeBackend
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.engines.tensorrt.libraries import check_targets
-from t2v_rt.export.graph import PRECISIONS
+from t2v_rt.export.precision import PRECISIONS
 from t2v_rt.runtime.memory.plan import CARD_RESERVE
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import make_request
@@ -37,9 +37,17 @@ from tests.support.host_cuda import HostCuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = ("t2v_rt", "export", "engines", "runtime", "benchmarks")
-GIVEN: dict[str, Any] = {"device": 1, "provider": "cpu", "threads": 1, "trust": True, "gpus": "sm86"}
+GIVEN: dict[str, Any] = {
+    "device": 1,
+    "provider": "cpu",
+    "threads": 1,
+    "trust": True,
+    "gpus": "sm86",
+    "attention_accumulation": "fp16",
+}
 LACKING = [(name, option) for name, info in BACKENDS.items() for option in OPTIONS if option not in info.options]
-CALLS = [(name, option) for name, option in LACKING if option != "gpus"]  # options of those who open a bundle
+BUILDS = ("gpus", "attention_accumulation")
+CALLS = [(name, option) for name, option in LACKING if option not in BUILDS]  # options of those who open a bundle
 LARGE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9}
 
 
@@ -55,7 +63,10 @@ class OnCard:
     device_key: str | None = None
 
     def free_bytes(self) -> int | None:
-        return self.memory_bytes
+        return None
+
+    def buffer_bytes(self) -> int | None:
+        return None
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         return self.backend.load(folder, name, spec)

@@ -146,7 +146,7 @@ def test_faults_are_those_that_cuda_calls_past_recovery() -> None:
 
 def test_kernels_are_compiled_ahead_for_sizes_that_are_asked_for_again_only() -> None:
     def plan(**sizes: Range) -> PlanSpec:
-        return PlanSpec((PlanProfile(sizes, 1),), weights_bytes=1, fused_attention=True)
+        return PlanSpec((PlanProfile(sizes, 1),), weights_bytes=1)
 
     assert specializes(plan(height=Range.of(8))) is None
     assert specializes(plan(height=Range(8, 8, 16))) is True

@@ -17,6 +17,7 @@ from t2v_rt.cli import main
 from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.errors import OutOfMemoryError
+from t2v_rt.runtime.memory.device_memory import UNPLANNED
 from t2v_rt.runtime.memory.estimates import decode_stage
 from t2v_rt.runtime.memory.plan import make_plan, together_bytes
 from t2v_rt.runtime.noise import Generator
@@ -179,6 +180,51 @@ def test_the_card_holds_what_was_planned(plans: Bundle, insert: Insert) -> None:
     assert least < plan.peak_bytes
 
 
+def test_what_stays_loaded_and_what_does_not_take_what_was_planned(plans: Bundle, insert: Insert) -> None:
+    library = insert(ROOM)
+    prompts = ["green ball " * 300, "red ball " * 300]  # as long as the plan has to reckon with
+    with run(plans) as pipe:  # tests the engines
+        expected = pipe(prompts[1], **REQUEST).frames
+        *choices, last = make_plan(pipe.manifest, SHAPE).choices()
+    assert last.peak_bytes == choices[-1].peak_bytes  # in decoding, beside which the VAE alone costs nothing
+    for plan in choices:
+        with run(plans, vram_budget=plan.peak_bytes) as pipe:
+            gc.collect()
+            library.cuda.peak = 0
+            for prompt in prompts:  # the second beside what the first has left loaded
+                found = pipe(prompt, **REQUEST).frames
+                assert set(pipe.stages.components.loaded) == plan.kept
+            assert np.array_equal(found, expected)
+            assert 0.98 < library.cuda.peak / (plan.peak_bytes - plan.reserve_bytes) <= 1
+    assert [len(plan.kept) for plan in choices] == [3, 2, 1]
+
+
+def test_pipelines_on_one_card_take_turns_with_its_memory(plans: Bundle, insert: Insert) -> None:
+    library = insert(ROOM)
+    with run(plans) as pipe:  # tests the engines
+        expected = pipe("a red ball", **REQUEST).frames
+        plan = make_plan(pipe.manifest, SHAPE)
+    del pipe
+    gc.collect()
+    for part in (plan.peak_bytes - plan.reserve_bytes, plan.least_bytes - plan.reserve_bytes):
+        library.cuda.capacity = UNPLANNED + part  # room for what one takes; both keep to what is free
+        library.cuda.peak = 0
+        with run(plans) as one, run(plans) as other:
+            for i, prompt in enumerate(("a red ball", "a ball", "a red ball", "a cat", "a red ball")):
+                found = (one, other)[i % 2](prompt, **REQUEST).frames
+                if prompt == "a red ball":
+                    assert np.array_equal(found, expected)
+            assert one.plan(one.stream("a red ball", **REQUEST).request).budget_bytes == part
+            streams = [pipe.stream("a red ball", **REQUEST) for pipe in (one, other)]
+            next(streams[0])
+            with pytest.raises(RequestError, match="1 that this thread has begun"):
+                next(streams[1])
+            streams.clear()
+        assert library.cuda.peak <= part
+        del one, other
+        gc.collect()
+
+
 def test_two_streams_take_what_was_planned_for_both(plans: Bundle, insert: Insert) -> None:
     library = insert(ROOM)
     with run(plans) as pipe:  # tests the engines
@@ -211,7 +257,7 @@ def test_out_of_memory(plans: Bundle, insert: Insert, caplog: pytest.LogCaptureF
         library.cuda.peak = 0
         list(pipe.decode(latents))
         whole = library.cuda.peak
-    with run(plans) as pipe, caplog.at_level(logging.WARNING):
+    with run(plans, vram_budget=ROOM) as pipe, caplog.at_level(logging.WARNING):  # more than there is
         library.cuda.capacity = whole - 1
         found = np.concatenate(list(pipe.decode(latents)))
         assert "out of memory" in caplog.text

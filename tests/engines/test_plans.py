@@ -50,7 +50,7 @@ def test_the_nearest_profile() -> None:
 
 
 def test_plans_survive_the_manifest() -> None:
-    spec = PlanSpec((PlanProfile({"height": Range(1, 2, 3)}, 5), PlanProfile({"height": Range.of(9)}, 6)), 7, True)
+    spec = PlanSpec((PlanProfile({"height": Range(1, 2, 3)}, 5), PlanProfile({"height": Range.of(9)}, 6)), 7)
     assert from_plain(json.loads(json.dumps(to_plain(spec))), PlanSpec) == spec
     profile = parse_profiles("480:720", None, None, DEFAULTS)[0]
     assert from_plain(json.loads(json.dumps(to_plain(profile))), VideoProfile) == profile

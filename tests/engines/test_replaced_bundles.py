@@ -201,6 +201,9 @@ class Interrupted:
     def free_bytes(self) -> int | None:
         return self.backend.free_bytes()
 
+    def buffer_bytes(self) -> int | None:
+        return self.backend.buffer_bytes()
+
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         self.before()
         component = self.backend.load(folder, name, spec)

@@ -18,7 +18,7 @@ from t2v_rt import BackendError, EngineError, RequestError, build_engines
 from t2v_rt.build.work_folder import CONTINUES
 from t2v_rt.cli import main
 from t2v_rt.commands.plan import plan
-from t2v_rt.engines.bundle.profiles import Range
+from t2v_rt.engines.bundle.profiles import AttentionSpec, Range
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.tensorrt.builder import run_worker
 from t2v_rt.engines.tensorrt.libraries import DEFAULT_TARGETS, check_targets, load_library
@@ -73,7 +73,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     }
     denoiser = manifest.components["transformer"].graphs["model"]
     assert denoiser.plan is not None
-    assert denoiser.plan.fused_attention
+    assert denoiser.plan.attention == AttentionSpec(4, 4, "fp32")
     assert denoiser.plan.profiles[0].sizes == {
         "batch": Range.of(1),
         "frames": Range.of(2),
@@ -83,7 +83,7 @@ def test_a_bundle_of_plans(plans: Bundle, library: str) -> None:
     text = manifest.components["text_encoder"].graphs["blocks_0"].plan
     assert text is not None
     assert text.profiles[0].sizes["length"] == Range(1, 64, 512)
-    assert not text.fused_attention  # heads of 8, for which there is no kernel
+    assert text.attention == AttentionSpec(2, 0, None)  # heads of 8, for which there is no kernel
 
 
 def test_an_unchanged_build_is_reused(narrow: Tiny, plans: Bundle) -> None:

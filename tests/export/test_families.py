@@ -26,8 +26,9 @@ from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import check_tokenizer, export_component, export_embedding
 from t2v_rt.export.config import CheckpointConfigs, require
 from t2v_rt.export.family import FAMILIES, SHARD_BYTES, Ranges, family_of
-from t2v_rt.export.graph import GraphOptions, GraphWriter, Precision
+from t2v_rt.export.graph import GraphOptions, GraphWriter
 from t2v_rt.export.hub import needed_tokenizer, needed_weights
+from t2v_rt.export.precision import Accumulation, Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 from tests.conftest import Tiny
@@ -58,7 +59,10 @@ class ToyConfigs:
         return {name: {role: rows for unit in self.units(name) for role in unit} for name in Toy.networks}
 
     def graph_options(
-        self, ranges: Mapping[str, Mapping[str, Sequence[Ranges]]], float32_matmul: bool
+        self,
+        ranges: Mapping[str, Mapping[str, Sequence[Ranges]]],
+        float32_matmul: bool,
+        accumulation: Accumulation = "fp32",
     ) -> Mapping[str, Mapping[str, GraphOptions]]:
         return {name: {role: GraphOptions({"rows": 2}) for role in roles} for name, roles in ranges.items()}
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import export_component
-from t2v_rt.export.graph import GraphOptions, Precision
+from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime.families.wan import relative_buckets, text_context
 from tests.conftest import Tiny

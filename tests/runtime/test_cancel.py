@@ -111,7 +111,7 @@ def test_a_small_budget_releases_what_was_cancelled(narrow: Tiny, fresh: Any) ->
     largest = max(stage.total_bytes for stage in stages)
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle, vram_budget=largest)
     cancel = threading.Event()
-    cancelled(pipe, cancel, progress=lambda stage, done, total: cancel.set() if stage == "decode" else None)
+    cancelled(pipe, cancel, progress=lambda stage, done, total: cancel.set() if stage == "denoise" else None)
     assert not pipe.stages.components.loaded
     assert np.array_equal(pipe("a red ball", **REQUEST).frames, fresh)
 

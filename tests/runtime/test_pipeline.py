@@ -202,7 +202,7 @@ def test_a_small_budget_releases_each_stage(narrow: Tiny) -> None:
     assert largest < plan.peak_bytes
     tight = TextToVideoPipeline.from_pretrained(narrow.bundle, prompt_cache=False, vram_budget=largest)
     assert np.array_equal(tight("a ball", seed=1).frames, expected)
-    assert not tight.stages.components.loaded
+    assert tight.stages.components.loaded == ("vae_decoder",)  # whose own stage is the largest
     roomy = TextToVideoPipeline.from_pretrained(narrow.bundle, prompt_cache=False, vram_budget=plan.peak_bytes)
     assert np.array_equal(roomy("a ball", seed=1).frames, expected)
     assert set(roomy.stages.components.loaded) == set(unlimited.manifest.components)

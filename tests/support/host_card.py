@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from t2v_rt.build import prepare
@@ -29,6 +30,8 @@ from tests.support.host_cuda import ALIGNMENT, DIRT, SUCCESS, HostCuda
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 HEADER = 64  # bytes of a plan that tell what it is
+# members of `DataType`
+TENSOR_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
 
 
 class HostLog:
@@ -110,6 +113,22 @@ class HostEngine:
     def __init__(self, runtime: HostRuntime, graph: Path, told: PlanSpec) -> None:
         self.runtime, self.graph, self.told = runtime, graph, told
         self.device = runtime.module.cuda.current
+        declared = onnx.load(str(graph), load_external_data=False).graph
+        self.tensors = {item.name: item.type.tensor_type for item in (*declared.input, *declared.output)}
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(list(self.tensors)[index])
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name=TENSOR_DTYPES[self.tensors[name].elem_type])
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """A size that is not fixed is -1, as in `Dims`."""
+        return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in self.tensors[name].shape.dim)
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return self.told.profiles[index].context_bytes
