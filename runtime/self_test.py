@@ -30,7 +30,7 @@ FOLDER = "self_test"  # of the bundle; a file for each component
 WEIGHTS_MARGIN = 1.5  # times the error that quantized weights had on the CPU: a GPU rounds other things
 KEPT_VALUES = 100_000  # of one output; of a larger one, evenly spaced ones are kept
 # Largest error, relative to the largest value of the reference. The float32 bound leaves room for another processor's
-# order of sums. Right rounding of half operands costs up to 0.15 % at the true width and 0.6 % in tiny networks; sums
+# order of sums. Right rounding of half operands costs up to 0.15 % at the true width and 0.6 % in tiny networks, sums
 # in half precision cost 2 % and more (benchmarks/results/self_test.json), a wrong kernel tens of percent.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2}
 Answers = Mapping[str, NDArray[Any]]  # label of a call -> what it gave
