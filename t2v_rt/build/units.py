@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.bundle.profiles import Range, VideoProfile
 from t2v_rt.export.family import TEXT_ENCODER, Configs
-from t2v_rt.export.graph import GraphOptions
+from t2v_rt.export.graph import FOR_ONNXRUNTIME, GraphOptions
 from t2v_rt.export.precision import Accumulation, Precision
 from t2v_rt.export.quantize import Quantization
 
@@ -54,9 +54,8 @@ def graph_units(
         for roles in configs.units(name):
             graph_options, tiles = None, configs.tiles(name)
             if name == TEXT_ENCODER and text_weights:
-                graph_options = dict.fromkeys(
-                    roles, GraphOptions(quantization=Quantization(text_weights, "MatMulNBits"))
-                )
+                scheme = Quantization(text_weights, "MatMulNBits")
+                graph_options = dict.fromkeys(roles, replace(FOR_ONNXRUNTIME, quantization=scheme))
             result.append(Unit(name, roles, precision if graph_options is None else "fp32", graph_options, tiles=tiles))
     return tuple(result)
 
