@@ -87,7 +87,6 @@ def _node(g: GraphWriter, operands: Sequence[str], mask: str | None, heads: int,
     attributes: dict[str, float] = {} if scale is None else {"scale": scale}
     if mask is None and g.options.tiled_attention:
         return g.op("MultiHeadAttention", *operands, domain=OWN_DOMAIN, num_heads=heads, **attributes)
-    g.holds_scores |= mask is None
     # a mask stays in half: TensorRT-RTX 1.7 fuses no float32 one
     masks = [] if mask is None else [mask]
     return g.op("Attention", *operands, *masks, q_num_heads=heads, kv_num_heads=heads, **attributes)

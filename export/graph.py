@@ -58,9 +58,6 @@ class GraphOptions:
     tiled_attention: bool = False
 
 
-FOR_ONNXRUNTIME = GraphOptions(tiled_attention=True)
-
-
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """A Linear's (out, in) as a MatMul's (in, out), in bands of rows: three times as fast as in one go."""
     result = np.empty(weight.shape[::-1], weight.dtype)
@@ -93,7 +90,6 @@ class GraphWriter:
     def __post_init__(self) -> None:
         self.compute_dtype = COMPUTE_DTYPES[self.precision]
         self.weights_bytes = 0
-        self.holds_scores = False
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
