@@ -8,11 +8,17 @@ come as float32 that was just made of halves: the casts are no kernels of their 
 Sums in half, where they are asked for, are of values less their mean over the keys: what is left has both signs, so
 that sums stay small. The weights of a query sum to one, so the mean is added to what was attended. With float32 sums it
 is left alone, though it would do no harm: a self-test on tokens that are all alike would then attend to zeros.
+
+ONNX Runtime runs the standard's Attention on the CPU with a score of every pair of tokens in memory. An operator of its
+own, MultiHeadAttention, takes keys and values in tiles, so that no scores are held, and adds up in float32 at any
+precision: on the CPU where nothing is added to the scores, on CUDA always.
 """
 
 from __future__ import annotations
 
-from t2v_rt.export.graph import GraphWriter
+from collections.abc import Sequence
+
+from t2v_rt.export.graph import OWN_DOMAIN, GraphWriter
 
 
 def project_values(g: GraphWriter, x: str, name: str, n_in: int, n_out: int) -> tuple[str, str | None]:
@@ -73,18 +79,23 @@ def attend(
     """
     upcast = g.precision == "fp16" and g.options.accumulation is not None and mean is None
     count = _even_parts(heads, parts)
-    attributes: dict[str, float] = {"q_num_heads": heads // count, "kv_num_heads": heads // count}
-    if scale is not None:
-        attributes["scale"] = scale
     attended = []
     centred = value if mean is None else g.op("Sub", value, mean)
     for part in zip(*(_split(g, operand, count) for operand in (query, key, centred)), strict=True):
         operands = [g.full(operand) for operand in part] if upcast else list(part)
-        # a mask stays in half: TensorRT-RTX 1.7 fuses no float32 one
-        result = g.op("Attention", *operands, *([mask] if mask else []), **attributes)
+        result = _node(g, operands, mask, heads // count, scale)
         attended.append(g.half(result) if upcast else result)
     result = attended[0] if count == 1 else g.concat(attended, 2)
     return result if mean is None else g.half(g.add(g.full(result), g.full(mean)))
+
+
+def _node(g: GraphWriter, operands: Sequence[str], mask: str | None, heads: int, scale: float | None) -> str:
+    attributes: dict[str, float] = {} if scale is None else {"scale": scale}
+    if mask is None and g.options.tiled_attention:
+        return g.op("MultiHeadAttention", *operands, domain=OWN_DOMAIN, num_heads=heads, **attributes)
+    # a mask stays in half: TensorRT-RTX 1.7 fuses no float32 one
+    masks = [] if mask is None else [mask]
+    return g.op("Attention", *operands, *masks, q_num_heads=heads, kv_num_heads=heads, **attributes)
 
 
 def _split(g: GraphWriter, x: str, count: int) -> list[str]:

@@ -37,7 +37,7 @@ def export_component(
         configs: of it, as its family reads them.
         folder: of the bundle; a folder of the component's name is made in it where there is none.
         precision: of matmul and convolution operands.
-        graph_options: how the backend wants the graph of each role; None for ONNX Runtime's.
+        graph_options: how the graph of each role is written; None for the plain form, which any backend runs.
         roles: of the graphs to write; None for all.
         store_type: `WeightSizes` leaves the weights out.
 
@@ -59,9 +59,8 @@ def export_component(
         with store_type(place / f"{unit[0] if alone else 'weights'}.data") as store:
             for role in wanted:
                 label = name if role == "model" else f"{name}.{role}"
-                g = GraphWriter(
-                    label, weights, store, precision, GraphOptions() if graph_options is None else graph_options[role]
-                )
+                options = GraphOptions() if graph_options is None else graph_options[role]
+                g = GraphWriter(label, weights, store, precision, options)
                 graphs[role] = _saved(g, store, role, configs.write(name, role, g))
         nbytes += store.nbytes
     return ComponentSpec(graphs, precision, nbytes, configs.tiles(name))
@@ -78,6 +77,7 @@ def _saved(g: GraphWriter, store: WeightFile, role: str, states: Sequence[StateS
         tuple(spec for spec in g.outputs if spec.name not in hidden),
         tuple(states),
         weights_bytes=g.weights_bytes,
+        tiled=g.options.tiled_attention,
     )
 
 

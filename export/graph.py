@@ -46,6 +46,7 @@ class GraphOptions:
         quantization: of the matrices of Linears, or None.
         accumulation: what attention adds up in, of half operands; None where the engine may choose.
         attention_parts: kernels that one attention among a video's tokens is shared out to.
+        tiled_attention: whether attention without a mask is ONNX Runtime's MultiHeadAttention, see `attend`.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class GraphOptions:
     quantization: Quantization | None = None
     accumulation: Accumulation | None = None
     attention_parts: int = 1
+    tiled_attention: bool = False
 
 
 def transpose(weight: NDArray[np.float32]) -> NDArray[np.float32]:

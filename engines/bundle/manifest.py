@@ -32,6 +32,8 @@ class GraphSpec:
         states: that stay on the device.
         plan: what is known of a plan, None for a graph.
         weights_bytes: bytes of the weights it reads, whether others read them too or not.
+        tiled: whether a graph works through a video's tokens in parts, and holds neither a score of every two of them
+            nor a feed-forward's values of all.
     """
 
     path: str
@@ -40,6 +42,7 @@ class GraphSpec:
     states: tuple[StateSpec, ...] = ()
     plan: PlanSpec | None = None
     weights_bytes: int = 0
+    tiled: bool = False
 
 
 # tiles from top to bottom and from left to right, in the order they are tried

@@ -8,6 +8,7 @@ from math import prod
 
 from t2v_rt.engines.backend_info import backend_info
 from t2v_rt.engines.bundle.manifest import BLOCKS, GRIDS, ComponentSpec, GraphSpec, Manifest
+from t2v_rt.engines.bundle.model import ModelSpec
 from t2v_rt.engines.bundle.profiles import holds, nearest_profile
 from t2v_rt.engines.specs import ALIGNMENT, StateSpec, aligned
 from t2v_rt.errors import RequestError
@@ -18,7 +19,10 @@ RGB = 3 * FLOAT
 COMPONENTS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae_decoder"}  # whose engines a stage uses
 Way = tuple[Grid, bool]  # to decode: tiles, and whether the caches of all but one wait in host memory
 LATENT_COPIES = 8  # sample, both predictions, guided prediction, the scheduler's history and its result
-TOKEN_COPIES = 12  # hidden states, q, k, v, norms and the feed-forward's widening, in units of the hidden width
+# of a token in the denoiser, in units of the hidden width, as measured at 768 to 32,760 tokens: where attention holds
+# scores, beside them; with a feed-forward's widened values of all tokens; and in graphs that work in parts, beside the
+# scores of the text. The arena grows in powers of two: with 15 in all, 1.02 to 1.5 times what was measured
+SCORED_COPIES, WIDENED_COPIES, TILED_COPIES = 12, 30, 11
 HEAD_COPIES = 25  # of the decoder's largest cache, what activations take in ONNX Runtime's arena, as measured: head,
 TAIL_COPIES = 18  # and tail; each session has an arena of its own, which keeps what it has taken
 SCORE_COPIES = 2  # of the head's attention: one pixel of the latents to each other, before and after the softmax
@@ -88,9 +92,17 @@ def denoise_stage(manifest: Manifest, shape: tuple[int, ...], one_batch: bool) -
         return stage, not holds(manifest.profiles, *model.video_size(shape))
     calls = 2 * batch if one_batch else batch
     tokens = prod(size // patch for size, patch in zip((frames, height, width), model.patch, strict=True))
-    context = calls * (model.heads * tokens * tokens + tokens * model.hidden_dim * TOKEN_COPIES) * FLOAT
+    context = calls * _denoiser_values(model, tokens, tiled=denoiser.graphs["model"].tiled) * FLOAT
     latents = LATENT_COPIES * prod(shape) * FLOAT * calls // batch
     return StageMemory("denoise", denoiser.weights_bytes, context, 0, latents + text), True
+
+
+def _denoiser_values(model: ModelSpec, tokens: int, *, tiled: bool) -> int:
+    """Values that a graph of the denoiser works in; a batch of one."""
+    hidden = tokens * model.hidden_dim
+    if tiled:
+        return hidden * TILED_COPIES + tokens * model.heads * model.text.length  # to the text, scores are held
+    return max(model.heads * tokens * tokens + hidden * SCORED_COPIES, hidden * WIDENED_COPIES)
 
 
 def boundary_bytes(component: ComponentSpec, role_prefix: str, sizes: Mapping[str, int]) -> int:
@@ -159,7 +171,7 @@ def decode_stage(
     known = [context for context in told if context is not None]
     guessed = (
         HEAD_COPIES * _largest_state(vae, "head", whole_sizes)
-        + SCORE_COPIES * (height * width) ** 2 * FLOAT
+        + (0 if all(graph.tiled for graph in _graphs(vae, "head")) else SCORE_COPIES * (height * width) ** 2 * FLOAT)
         + TAIL_COPIES * _largest_state(vae, "tail", tile_sizes)
     )
     decode = StageMemory(

@@ -265,7 +265,7 @@ def make_plan(
         previews: whether the VAE decoder makes thumbnails between the steps of the denoise stage.
 
     Returns:
-        The plan; attention scores of the denoiser are counted whole, as ONNX Runtime holds them.
+        The plan; attention scores are counted whole where graphs of ONNX Runtime hold them.
 
     Raises:
         RequestError: more tiles than there are features, or a grid that the engines were not built for.

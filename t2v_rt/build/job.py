@@ -175,7 +175,7 @@ class BuildJob:
         """The units of all components, in the order they are made."""
         asked = (self.configs, self.names, check_precision(self.precision), self.text_weights)
         if not self.makes_plans:
-            return graph_units(*asked)
+            return graph_units(*asked, defaults=manifest.defaults)
         turing = "sm75" in self.targets
         return plan_units(*asked, profiles=manifest.profiles, turing=turing, accumulation=self.options.accumulation)
 
