@@ -33,6 +33,7 @@ from t2v_rt.system.resources import peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
+RGB = 3
 FrameIterator = FrameGenerator[NDArray[Any], None, None]
 
 
@@ -355,12 +356,16 @@ def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> 
 
 def collect(run: Run, latents: Array, output_type: str) -> Any:
     """All videos of a batch, in the form that was asked for: an array, or lists of PIL images."""
-    videos = []
-    for video in latents:
-        chunks = [chunk if output_type == "np" else to_uint8(chunk) for chunk in run.chunks(video[None])]
-        videos.append(np.concatenate(chunks))
+    request = run.request
+    shape = (len(latents), request.num_frames, request.height, request.width, RGB)
+    videos: NDArray[Any] = np.empty(shape, np.float32 if output_type == "np" else np.uint8)
+    for video, frames in zip(latents, videos, strict=True):
+        done = 0
+        for chunk in run.chunks(video[None]):
+            frames[done : done + len(chunk)] = chunk if output_type == "np" else to_uint8(chunk)
+            done += len(chunk)
     if output_type != "pil":
-        return np.stack(videos)
+        return videos
     try:
         from PIL import Image
     except ImportError as exc:

@@ -62,6 +62,7 @@ class MultistepScheduler(Scheduler[M]):
     def _start(self) -> None:
         super()._start()
         self._m: deque[Float32] = deque(maxlen=self.config.solver_order)
+        self._known: dict[int, tuple[Any, Any, Any]] = {}  # of the schedule's levels; neighbouring steps share them
 
     def _spaced(self, steps: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Sigmas in a spacing of their own, and their fractional timesteps."""
@@ -92,8 +93,10 @@ class MultistepScheduler(Scheduler[M]):
 
     def _lambda(self, i: int) -> tuple[Any, Any, Any]:
         """alpha, sigma and lambda = ln alpha - ln sigma of the schedule's i-th level, rounded as the reference does."""
-        alpha, sigma = self._alpha_sigma(self.sigmas[i])
-        return alpha, sigma, log(alpha) - log(sigma)
+        if i not in self._known:
+            alpha, sigma = self._alpha_sigma(self.sigmas[i])
+            self._known[i] = alpha, sigma, log(alpha) - log(sigma)
+        return self._known[i]
 
     def _x0(self, i: int, m: Float32, x: Float32) -> Float32:
         alpha, sigma = self._alpha_sigma(self.sigmas[i])
