@@ -144,7 +144,12 @@ class OrtComponent(Component):
             }
 
         try:
-            spare = buffers(self.written(role_prefix))
+            spare = {
+                spec.name: ort.OrtValue.ortvalue_from_shape_and_type(
+                    spec.resolve(sizes), spec.numpy_dtype, self.device, self.index
+                )
+                for spec in self.written(role_prefix)  # each is written before it is read
+            }
             return [OrtState(buffers(self.states(role_prefix)), spare, sizes) for _ in range(count)]
         except MemoryError as exc:
             raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
