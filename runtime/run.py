@@ -19,15 +19,15 @@ from t2v_rt.errors import EngineError, PreviewError, RequestError
 from t2v_rt.runtime.cancel import check_cancelled, check_event
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.denoise.step_cache import StepCache
+from t2v_rt.runtime.engine_pool import EnginePool
 from t2v_rt.runtime.frames import to_uint8
-from t2v_rt.runtime.memory.admission import Admission
 from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
 from t2v_rt.runtime.schedulers.base import Scheduler
-from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.stages import Progress
 from t2v_rt.runtime.step_callback import CALLBACK_TENSORS, StepCallback, changed_tensors
 from t2v_rt.system.resources import peak_rss_bytes
 
@@ -64,8 +64,7 @@ class Run:
     """One request on its way through the stages.
 
     Args:
-        stages: whose engines are used.
-        admission: lets it begin.
+        pool: whose engines are used.
         scheduler: this run's own.
         request: what is asked for.
         plan: of its memory, which it follows.
@@ -78,8 +77,7 @@ class Run:
 
     def __init__(
         self,
-        stages: Stages,
-        admission: Admission,
+        pool: EnginePool,
         scheduler: Scheduler[Any],
         request: Request,
         plan: MemoryPlan,
@@ -91,8 +89,8 @@ class Run:
             raise RequestError(
                 f"callback tensors {sorted(unknown)} are unknown; expected {', '.join(CALLBACK_TENSORS)}"
             )
-        self._stages = stages
-        self._admission = admission
+        self._pool = pool
+        self._stages = pool.sets[0].stages  # until it begins
         self._held: ExitStack | None = None  # what is given back at the run's end
         self._scheduler = scheduler
         self.request = request
@@ -123,9 +121,10 @@ class Run:
         """
         if self._held is None:
             with ExitStack() as stack:
-                self.plan = stack.enter_context(self._admission.admitted(self.plan, self._cancel))
-                stack.enter_context(self._stages.components.following(self.plan))
-                self._held = stack.pop_all()
+                engines = stack.enter_context(self._pool.taken())
+                self.plan = stack.enter_context(engines.admission.admitted(self.plan, self._cancel))
+                stack.enter_context(engines.stages.components.following(self.plan))
+                self._stages, self._held = engines.stages, stack.pop_all()
 
     def end(self) -> None:
         """Gives the run's memory back to others; ending twice is allowed."""
@@ -242,7 +241,8 @@ class Run:
         tensors = dict(zip(CALLBACK_TENSORS, (latents, prompts.embeds, prompts.negative_embeds), strict=True))
         given = {name: tensors[name] for name in names}
         try:
-            returned = callback(self._owner, step, t, given)
+            with self._pool.serving(self._stages):
+                returned = callback(self._owner, step, t, given)
         except PreviewError as exc:
             self._warn(exc)
             returned = None

@@ -77,6 +77,12 @@ class PromptEncoder:
                 found |= self._run([text for text in dict.fromkeys(texts) if text not in found], open_engines)
         return np.stack([self._rule.padded(found[text], self._spec.length) for text in texts])
 
+    def encode_anew(self, text: str, open_engines: OpenEngines) -> Array:
+        """Prompt embeddings float32 (1, length, D) of a text, whether it is remembered or not; nothing is kept."""
+        (rows,) = self._infer([self._tokenizer.encode(text)], open_engines)
+        padded: Array = self._rule.padded(rows, self._spec.length)[None]
+        return padded
+
     def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of those texts that are remembered."""
         with self._lock:
