@@ -82,11 +82,11 @@ class Preparation(ABC):
         """Loads all engines and runs each stage once, so that the first call of this shape is as quick as the second.
 
         Args:
-            height: of the calls to come, as a call takes it; so below.
-            width: in pixels.
-            num_frames: of a video.
-            guidance_scale: at 1 or less, one prediction a step.
-            num_videos_per_prompt: videos of a call.
+            height: height in pixels of the calls to come; None for the bundle's default.
+            width: width in pixels of the calls to come; None for the bundle's default.
+            num_frames: frames of a video of the calls to come; None for the bundle's default.
+            guidance_scale: strength of guidance of the calls to come; None for the bundle's default.
+            num_videos_per_prompt: videos that a call to come will make.
 
         Returns:
             Seconds of `encode`, `denoise` and `decode`, loading included, of all sets of engines together.
@@ -117,9 +117,9 @@ class Preparation(ABC):
         engines of its own, one after another, while nothing else should run. What was found before is replaced.
 
         Args:
-            height: of the calls to come.
-            width: in pixels.
-            num_frames: of a video.
+            height: height in pixels of the calls to come; None for the bundle's default.
+            width: width in pixels of the calls to come; None for the bundle's default.
+            num_frames: frames of a video of the calls to come; None for the bundle's default.
 
         Returns:
             What was chosen; this pipeline goes on as it was.
