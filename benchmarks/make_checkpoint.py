@@ -181,10 +181,10 @@ def _write_shards(folder: Path, stem: str, tensors: Iterable[Tensor], shard_byte
         total = sum(math.prod(shape) * width for shard in shards for _, shape in shard)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(folder / f"{stem}.safetensors.index.json", index)
-    return sum(_write_safetensors(folder / file, shard, draw) for file, shard in zip(files, shards, strict=True))
+    return sum(write_safetensors(folder / file, shard, draw) for file, shard in zip(files, shards, strict=True))
 
 
-def _write_safetensors(path: Path, tensors: Sequence[Tensor], draw: Draw) -> int:
+def write_safetensors(path: Path, tensors: Sequence[Tensor], draw: Draw) -> int:
     """One file (format: huggingface/safetensors, README); returns its bytes."""
     label, unsigned, _, _ = DTYPES[draw.dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -29,11 +29,17 @@ def project_values(g: GraphWriter, x: str, name: str, n_in: int, n_out: int) -> 
         The values (B, tokens, n_out) and their mean over the tokens (B, 1, n_out), both in the compute dtype; None for
         the mean where sums are not in half.
     """
-    value = g.linear(x, name, n_in, n_out)
-    if g.precision != "fp16" or g.options.accumulation != "fp16":
-        return value, None
-    mean = g.half(g.op("ReduceMean", g.full(x), g.const([1]), keepdims=1))
-    return value, g.linear(mean, name, n_in, n_out)
+    if g.precision == "fp16" and g.options.accumulation == "fp16":
+        value = g.linear(x, name, n_in, n_out)  # before its mean, or the builder keeps the matrix twice
+        mean = g.half(g.op("ReduceMean", g.full(x), g.const([1]), keepdims=1))
+        return value, g.linear(mean, name, n_in, n_out)
+    if g.options.accumulation is None:
+        return g.linear(x, name, n_in, n_out), None
+    # Of rows and not of (B, tokens, n_in): a builder makes one product of all matrices that multiply the same value,
+    # and keeps queries, keys and values until the last of them is used. Where a matrix is used twice, it does not.
+    rows = g.linear(g.reshape(x, [-1, n_in]), name, n_in, n_out)
+    value = g.reshape(rows, [g.dim(x, 0), -1, n_out])
+    return g.reshape(value, [0, 0, n_out]), None  # or ONNX Runtime would not know its width beforehand
 
 
 def attend(

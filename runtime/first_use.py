@@ -11,6 +11,8 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 
+from t2v_rt.engines.backend_info import backend_info
+from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.contract import Component
 from t2v_rt.errors import EngineError
@@ -59,14 +61,22 @@ def proven(bundle: Bundle, name: str, shards: Iterable[Component], device: str) 
         if not result.passed:
             raise EngineError(
                 f"{name} computes something else on {device} than its float32 reference: relative error "
-                f"{result.error:.2g}, expected at most {result.tolerance:.2g}; update the driver, "
-                "or build the bundle again"
+                f"{result.error:.2g}, expected at most {result.tolerance:.2g}; {remedy(bundle.manifest)}"
             )
         error, complete = max(error, result.error), complete and not result.untested
         yield shard
     if complete:
         content = {"component": name, "device": device, "error": error}
         UserCache("verdicts").put(_name(bundle, name, device), json.dumps(content).encode())
+
+
+def remedy(manifest: Manifest) -> str:
+    """What to do where a bundle's engines give other answers than their reference."""
+    if manifest.attention_accumulation == "fp16":
+        return "its attention adds up in half precision, build it again with --attention-accumulation fp32"
+    if backend_info(manifest.backend).ahead_of_time:
+        return "update the driver, or build it again with --precision bf16"
+    return "update the driver and the library"
 
 
 def _name(bundle: Bundle, name: str, device: str) -> str:

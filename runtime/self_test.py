@@ -11,7 +11,7 @@ family to say.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,13 @@ def allowed_error(built: ComponentSpec) -> float:
     return TOLERANCES[built.precision] + WEIGHTS_MARGIN * (built.weights_error or 0.0)
 
 
-def check(name: str, shards: Iterable[Component], manifest: Manifest, folder: Path) -> Verdict:
+def check(
+    name: str,
+    shards: Iterable[Component],
+    manifest: Manifest,
+    folder: Path,
+    watch: Callable[[Made], None] | None = None,
+) -> Verdict:
     """Holds a component, or some of its shards, against its bundle's answers.
 
     Args:
@@ -171,6 +177,7 @@ def check(name: str, shards: Iterable[Component], manifest: Manifest, folder: Pa
         shards: its engines, shard by shard; each is done with when the next one is asked for.
         manifest: of the bundle.
         folder: of the bundle.
+        watch: is shown each call that was made, with copies of states; None for nobody.
 
     Raises:
         BundleError: the bundle has no answers for it.
@@ -181,8 +188,11 @@ def check(name: str, shards: Iterable[Component], manifest: Manifest, folder: Pa
     untested: list[str] = []
     built, found = manifest.components[name], dict[str, NDArray[Any]]()
     for shard in shards:
-        for made in make_calls(name, shard, manifest.model, built, untested=untested):
+        watched = watch is not None
+        for made in make_calls(name, shard, manifest.model, built, untested=untested, copies_states=watched):
             found[made.call.label] = made.result
+            if watch is not None:
+                watch(made)
     return Verdict(name, largest_error(name, found, folder), allowed_error(built), tuple(untested))
 
 

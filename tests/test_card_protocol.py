@@ -15,7 +15,8 @@ from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.errors import BackendError
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 ROOM = 3 * 10**9
 ON_A_CARD = ("doctor", "tests")  # ask the driver, or start processes that do

@@ -179,8 +179,8 @@ class AttentionSpec:
 
     Args:
         count: attentions of the graph.
-        fused: how many of them one kernel computes, the scores of the others are in the context; None where the plan
-            does not tell.
+        fused: how many of them one kernel computes, the rest have their scores in the context; None where the plan does
+            not tell.
         accumulation: the coarsest sum that a fused one adds up in; None where the plan does not tell, or none is fused.
     """
 

@@ -90,8 +90,8 @@ def check_attention(
         )
     if wanted == "fp32" and result.accumulation == "fp16":
         raise EngineError(
-            f"{graph}: attention adds up in half precision, which long videos leave; expected float32: write the graph "
-            "with attention_accumulation fp32, or ask for fp16"
+            f"{graph}: attention adds up in half precision, which long sums leave; expected float32: "
+            "install the library version that t2v-rt was tested with, or build with --attention-accumulation fp16"
         )
     return result
 

@@ -151,7 +151,7 @@ def read_plan(stream: BinaryIO) -> PlanText:
 def _texts(stream: BinaryIO) -> Iterator[bytes]:
     """The text of each program, the sources that follow it included."""
     starts = list(_find_all(stream, HEAD))
-    for start, end in zip(starts, [*starts[1:], None], strict=True):
+    for start, end in zip(starts, [*starts, None][1:], strict=True):
         stream.seek(start)
         blocks: list[bytes] = []
         left = None if end is None else end - start
@@ -166,16 +166,20 @@ def _texts(stream: BinaryIO) -> Iterator[bytes]:
 def _find_all(stream: BinaryIO, wanted: bytes) -> Iterator[int]:
     """The places of a text in a file."""
     stream.seek(0)
-    window, start = b"", 0
+    kept = len(wanted) - 1  # bytes of a place that two pieces share
+    end, start = b"", 0  # of the pieces before, and of the next one
     while piece := stream.read(PIECE):
-        window += piece
-        place = window.find(wanted)
-        while place >= 0:
-            yield start + place
-            place = window.find(wanted, place + 1)
-        kept = len(wanted) - 1
-        start += len(window) - kept
-        window = window[-kept:]
+        yield from (start - len(end) + place for place in _places(end + piece[:kept], wanted))
+        yield from (start + place for place in _places(piece, wanted))
+        start += len(piece)
+        end = (end + piece[-kept:])[-kept:]
+
+
+def _places(text: bytes, wanted: bytes) -> Iterator[int]:
+    place = text.find(wanted)
+    while place >= 0:
+        yield place
+        place = text.find(wanted, place + 1)
 
 
 def _read_program(text: bytes) -> Program:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from t2v_rt.commands.bars import Bars
 from t2v_rt.commands.parsing import declare_options, given_options
+from t2v_rt.commands.previews import SHEET_COLUMNS, preview_writer
 from t2v_rt.engines.bundle.manifest import Manifest, from_plain
-from t2v_rt.errors import PreviewError, RequestError, T2VError
+from t2v_rt.errors import RequestError
 from t2v_rt.numbers import as_number
 from t2v_rt.options import option
 from t2v_rt.runtime.array_file import check_array_path, load_arrays, save_arrays
@@ -32,7 +33,6 @@ from t2v_rt.runtime.request import NO_ARRAYS, CallArrays
 from t2v_rt.runtime.run import CallHooks, FrameStream
 from t2v_rt.runtime.schedulers import get_scheduler, scheduler_class, shift_name
 from t2v_rt.runtime.schedulers.base import Scheduler
-from t2v_rt.runtime.step_callback import StepCallback
 from t2v_rt.runtime.video import (
     check_output,
     check_png,
@@ -47,7 +47,6 @@ from t2v_rt.system.resources import peak_rss_bytes
 
 Frame = NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
-SHEET_COLUMNS = 6
 LATENTS = "latents"  # the array, and what errors call it
 FILE_SETTINGS = ("fps", "bundle_id")  # what metadata holds beside a request's settings
 STEPS = frozenset(("num_inference_steps", "timesteps", "sigmas"))  # each says how many there are: one replaces all
@@ -315,22 +314,8 @@ def _start(
     arrays = NO_ARRAYS
     if embeds is not None:
         arrays = CallArrays(prompt_embeds=embeds.prompt_embeds, negative_prompt_embeds=embeds.negative_prompt_embeds)
-    callback = None if options.preview is None else _preview_writer(Path(options.preview))
+    callback = None if options.preview is None else preview_writer(Path(options.preview))
     return pipe.open_stream(options, arrays, CallHooks(callback, progress=progress, previews=callback is not None))
-
-
-def _preview_writer(path: Path) -> StepCallback:
-    """A step callback that writes the video as it stands: one image for each latent frame, in the video's size."""
-
-    def write(pipe: TextToVideoPipeline, step: int, t: float, tensors: dict[str, Any]) -> None:
-        frames, factor = pipe.preview(tensors["latents"])[0], pipe.manifest.model.latents.spatial_factor
-        sheet = contact_sheet(frames.repeat(factor, 1).repeat(factor, 2), SHEET_COLUMNS)
-        try:
-            write_png(path, sheet)
-        except T2VError as exc:
-            raise PreviewError(str(exc)) from exc
-
-    return write
 
 
 def _sample_only(

@@ -76,6 +76,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         f"{defaults['fps']:g}/s, {defaults['num_inference_steps']} steps, guidance {defaults['guidance_scale']:g}",
         f"scheduler  {scheduler.get('_class_name')}, flow shift {scheduler.get('flow_shift', scheduler.get('shift'))}",
     ]
+    if report["attention_accumulation"]:
+        lines[1] += f", attention built to add up in {report['attention_accumulation']}"
     if report["targets"]:
         built = ", ".join(f"{name} {version}" for name, version in report["builder"].items())
         lines += [f"GPUs       {', '.join(report['targets'])}", f"built by   {built}"]

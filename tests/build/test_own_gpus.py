@@ -10,7 +10,7 @@ import pytest
 
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.tensorrt.libraries import DEFAULT_TARGETS, check_targets
-from tests.support.host_card import HostCuda
+from tests.support.host_cuda import HostCuda
 
 RTX = "tensorrt-rtx"
 

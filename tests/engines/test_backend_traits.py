@@ -33,7 +33,7 @@ from t2v_rt.runtime.request import make_request
 from t2v_rt.system import forked
 from t2v_rt.system.outputs import MANIFEST_NAME
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda
+from tests.support.host_cuda import HostCuda
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = ("t2v_rt", "export", "engines", "runtime", "benchmarks")

@@ -25,7 +25,8 @@ from t2v_rt.runtime.memory.plan import make_plan, to_json
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import make_request
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 

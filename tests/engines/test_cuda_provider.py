@@ -15,7 +15,7 @@ from t2v_rt.engines.onnxruntime.cuda_provider import check_in_use, check_provide
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.system import forked
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda
+from tests.support.host_cuda import HostCuda
 
 INSTALL = (
     r'pip uninstall onnxruntime onnxruntime-gpu, then pip install "onnxruntime-gpu\[cuda,cudnn\]>=1\.26" on a machine'

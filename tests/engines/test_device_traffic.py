@@ -18,7 +18,8 @@ from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.runtime.decode.tiles import make_tiles
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostContext, HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostContext, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 

@@ -20,7 +20,8 @@ from t2v_rt.engines.contract import Component, DeviceArray, Engine
 from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 from t2v_rt.runtime import self_test
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 RTX = "tensorrt-rtx"
 ROOM = 10**9  # bytes of the card

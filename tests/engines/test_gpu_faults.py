@@ -22,7 +22,8 @@ from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 from t2v_rt.errors import OutOfMemoryError
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostContext, HostCuda, HostLibrary, Reason, export_graphs, plans_by_hash
+from tests.support.host_card import HostContext, HostLibrary, Reason, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 

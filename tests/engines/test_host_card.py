@@ -22,7 +22,8 @@ from t2v_rt.runtime.memory.estimates import decode_stage
 from t2v_rt.runtime.memory.plan import make_plan, together_bytes
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 

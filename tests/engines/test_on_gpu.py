@@ -18,7 +18,8 @@ from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.runtime.memory.estimates import tile_ways
 from tests.conftest import Tiny
-from tests.support.host_card import HostCuda, HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
+from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 

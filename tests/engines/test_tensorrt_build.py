@@ -119,7 +119,7 @@ def test_other_gpus_versions_and_sizes_are_another_build(
     assert ranged is not None
     assert (ranged.profiles[0].sizes["height"], ranged.profiles[0].sizes["frames"]) == (Range(2, 4, 4), Range(2, 3, 3))
     assert found[2].manifest.defaults.num_frames == 9
-    monkeypatch.setattr("tensorrt_rtx.__version__", "0.0.0")
+    monkeypatch.setattr("tensorrt_rtx.__version__", "99.0.0")
     with pytest.raises(RequestError, match="progress reached"):
         build_engines(narrow.checkpoint, tmp_path / "one", backend=RTX, gpus="sm75", progress=_stop)
 

@@ -15,7 +15,7 @@ from t2v_rt.engines.tensorrt.cuda import Cuda, DeviceBuffer
 from t2v_rt.engines.tensorrt.device_array import GpuArray, Loan
 from t2v_rt.engines.tensorrt.working_memory import StateBuffer, WorkingMemory
 from t2v_rt.errors import EngineError, OutOfMemoryError
-from tests.support.host_card import HostCuda
+from tests.support.host_cuda import HostCuda
 
 DENOISE, STATES, DECODE = 40 * ALIGNMENT, 30 * ALIGNMENT, 16 * ALIGNMENT  # bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from t2v_rt import EngineError, TextToVideoPipeline
-from t2v_rt.engines.bundle.manifest import ComponentSpec
+from t2v_rt.engines.bundle.manifest import ComponentSpec, Manifest
 from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.engines.onnxruntime.backend import OnnxRuntimeBackend, OrtComponent
 from t2v_rt.runtime import first_use, self_test
 from t2v_rt.runtime.memory.plan import make_plan
+from tests.conftest import Tiny
 
 
 class Card(OnnxRuntimeBackend):
@@ -34,6 +36,11 @@ class Card(OnnxRuntimeBackend):
 def untested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No verdicts of other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def plain(narrow: Tiny) -> Manifest:
+    return open_bundle(narrow.bundle).manifest
 
 
 def streaming(pipe: TextToVideoPipeline) -> Any:
@@ -70,3 +77,11 @@ def test_answers_have_the_names_of_the_calls(sharded: Bundle) -> None:
     for name, spec in open_bundle(sharded.folder).manifest.components.items():
         with np.load(sharded.folder / self_test.FOLDER / f"{name}.npz") as stored:
             assert {label.partition(".")[0] for label in stored.files} == set(spec.graphs)
+
+
+def test_what_to_do_can_be_followed(plain: Manifest) -> None:
+    plans = replace(plain, backend="tensorrt-rtx", attention_accumulation="fp32")
+    half = replace(plans, attention_accumulation="fp16")
+    assert first_use.remedy(plain) == "update the driver and the library"
+    assert first_use.remedy(plans) == "update the driver, or build it again with --precision bf16"
+    assert first_use.remedy(half).endswith("build it again with --attention-accumulation fp32")

@@ -108,7 +108,7 @@ def test_the_command_writes_it_after_each_step(
         with av.open(str(path)) as container:
             shapes.append(next(container.decode(video=0)).to_ndarray(format="rgb24").shape)
 
-    monkeypatch.setattr("t2v_rt.commands.generate.write_png", watched)
+    monkeypatch.setattr("t2v_rt.commands.previews.write_png", watched)
     command = ["generate", "a ball", "--engines", str(narrow.bundle), "--output", str(tmp_path / "o.mp4"), "--json"]
     assert main([*command, "--seed", "1", "--preview", str(tmp_path / "p.png")]) == 0
     assert shapes == [(32, 2 * 48 + 2, 3)] * 4  # two latent frames side by side, in the video's size
