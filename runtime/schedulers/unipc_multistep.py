@@ -148,7 +148,7 @@ class UniPCMultistepScheduler(MultistepScheduler[UniPCConfig]):
 
     def _update(self, x: Float32, i: int, order: int, m_t: Float32 | None) -> Float32:
         """UniP from step i to i + 1, or UniC where the new prediction m_t is known."""
-        levels = tuple(self.sigmas[k] for k in range(i + 1, i - order, -1))
+        levels = self.sigmas[i - order + 1 : i + 2].tobytes()
         config = self.config
         kind = config.use_flow_sigmas, config.predict_x0, config.solver_type == "bh1"
         ratio, of_m0, of_D, r, rho = factors(levels, *kind, m_t is not None)
@@ -169,7 +169,7 @@ class UniPCMultistepScheduler(MultistepScheduler[UniPCConfig]):
 
 @lru_cache(MOST_REMEMBERED)
 def factors(
-    levels: tuple[np.float32, ...], flow: bool, predict_x0: bool, bh1: bool, corrector: bool
+    levels: bytes, flow: bool, predict_x0: bool, bh1: bool, corrector: bool
 ) -> tuple[Any, Any, Any, tuple[Any, ...], Any]:
     """What a step multiplies with, which its noise levels alone decide; remembered from call to call.
 
@@ -177,7 +177,7 @@ def factors(
     and sigma exchanged where the noise is predicted.
 
     Args:
-        levels: sigmas of the step's end, of its begin, and of the steps before it, as many as its order takes.
+        levels: float32 sigmas of the steps before it, as many as its order takes, of its begin and of its end.
         flow: whether they are of a flow model.
         predict_x0: whether the data is predicted, else the noise.
         bh1: whether B(h) is h, else e^h - 1.
@@ -186,7 +186,9 @@ def factors(
     Returns:
         The factors of x, of m_0 and of the sum, and r and rho of its differences.
     """
-    (alpha, sigma, lam), (alpha0, sigma0, lam0), *before = (level(sigma, flow) for sigma in levels)
+    (alpha, sigma, lam), (alpha0, sigma0, lam0), *before = (
+        level(x, flow) for x in np.frombuffer(levels, np.float32)[::-1]
+    )
     h = lam - lam0
     r = [(lam_k - lam0) / h for _, _, lam_k in before]
     hh = -h if predict_x0 else h
