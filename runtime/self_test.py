@@ -30,8 +30,8 @@ FOLDER = "self_test"  # of the bundle; a file for each component
 WEIGHTS_MARGIN = 1.5  # times the error that quantized weights had on the CPU: a GPU rounds other things
 KEPT_VALUES = 100_000  # of one output; of a larger one, evenly spaced ones are kept
 # Largest error, relative to the largest value of the reference. The float32 bound leaves room for another processor's
-# order of sums. Right rounding of half operands costs up to 0.1 % at the true size and 0.6 % in tiny networks; sums in
-# half precision cost 2 % and more (benchmarks/results/self_test.json), a wrong kernel tens of percent.
+# order of sums. Right rounding of half operands costs up to 0.15 % at the true width and 0.6 % in tiny networks, sums
+# in half precision cost 2 % and more (benchmarks/results/self_test.json), a wrong kernel tens of percent.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2}
 Answers = Mapping[str, NDArray[Any]]  # label of a call -> what it gave
 
@@ -77,8 +77,8 @@ class Made:
 
     @property
     def result(self) -> NDArray[Any]:
-        """The output that the self-test keeps."""
-        return self.outputs[self.call.output]
+        """What the self-test keeps of its outputs."""
+        return self.call.kept(self.outputs[self.call.output])
 
 
 def make_calls(
@@ -92,7 +92,7 @@ def make_calls(
 ) -> Iterator[Made]:
     """Makes the calls of a component, or of a part of it, one after another.
 
-    One state is held at a time: engines whose roles begin alike share it for as long as they are called at one size.
+    One state is held at a time, for as long as calls share it.
 
     Args:
         name: of the component.
@@ -108,13 +108,13 @@ def make_calls(
     """
     results: list[NDArray[Any]] = []
     state: EngineState | None = None
-    held: tuple[str, int, int] | None = None  # what the state is of
-    lost: tuple[str, int, int] | None = None  # what the last call without memory was of
+    held: tuple[str, str] | None = None  # what the state is of
+    lost: tuple[str, str] | None = None  # what the last call without memory was of
     for call in family_of(model).self_test(name, component, model, built, results):
         engine = component[call.role]
         feeds = {spec.name: np.ascontiguousarray(call.feeds[spec.name], spec.numpy_dtype) for spec in engine.inputs}
         rows, columns = next(iter(feeds.values())).shape[-2:]
-        place = call.role.partition("_")[0], rows, columns
+        place = call.role.partition("_")[0], call.variant.partition(".")[0]
         lacking = untested if call.spare else None
         if lacking is not None and place == lost:
             lacking.append(call.label)

@@ -70,7 +70,9 @@ class Call:
         role: of the engine.
         feeds: its inputs.
         output: name of the output that is kept.
-        variant: what tells it from other calls of the same engine; empty for the only one.
+        variant: what tells it from other calls of the same engine; empty for the only one. Calls of engines whose roles
+            begin alike share a state where their variants are alike up to a dot.
+        corner: rows and columns at the output's end that are kept; None for all.
         spare: whether a device that has no memory for it may leave it out: it will not work at these sizes either.
     """
 
@@ -78,12 +80,17 @@ class Call:
     feeds: dict[str, NDArray[Any]]
     output: str
     variant: str = ""
+    corner: tuple[int, int] | None = None
     spare: bool = False
 
     @property
     def label(self) -> str:
         """Its name among the calls of its component: the role, and the variant after a dot."""
         return f"{self.role}.{self.variant}" if self.variant else self.role
+
+    def kept(self, output: NDArray[Any]) -> NDArray[Any]:
+        """What of the output is kept."""
+        return output if self.corner is None else output[..., -self.corner[0] :, -self.corner[1] :]
 
 
 class Family(Protocol):

@@ -31,9 +31,10 @@ ROWS, COLUMNS, FRAMES = 4, 6, 2
 TIMESTEP = 500.0
 # Of the latents of a self-test, in units of noise. The blocks' norms make of quiet latents what they make of loud ones,
 # so that against quiet ones what attention adds weighs the more, however small the gates: with random weights of the
-# true size, and attention that sums 32,760 values in half precision, the answer is off by 2.4 % instead of 0.4 %; by
-# 0.07 % where the sum is right (benchmarks/results/self_test.json).
+# true width, and attention that sums 32,760 values in half precision, the answer is off by 2.5 % instead of 0.3 %; by
+# 0.03 % where the sum is right (benchmarks/results/self_test.json).
 QUIET = 0.1
+CORNER = 64  # rows and columns of features whose pixels are compared: all of them took 9 GB on a CPU at 832x480
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> NDArray[np.int64]:
@@ -182,7 +183,7 @@ class Wan:
                 feeds = self._denoiser_feeds(component, model, built, sizes)
                 yield Call("model", feeds, "noise_pred", _named(sizes), spare=sizes != min(tested, key=math.prod))
         else:
-            yield from _decoder_calls(model, built, results)
+            yield from _decoder_calls(component, model, built, results)
 
     def _denoiser_feeds(
         self, component: Component, model: ModelSpec, built: ComponentSpec, sizes: tuple[int, ...]
@@ -201,7 +202,9 @@ class Wan:
         return {"hidden_states": latents * QUIET, "timestep": np.array([TIMESTEP]), **text_inputs}
 
 
-def _decoder_calls(model: ModelSpec, built: ComponentSpec, results: Sequence[NDArray[Any]]) -> Iterator[Call]:
+def _decoder_calls(
+    component: Component, model: ModelSpec, built: ComponentSpec, results: Sequence[NDArray[Any]]
+) -> Iterator[Call]:
     """The head's calls at each size, and then the tail's at those that were not tested yet and that it has features
     for; the smallest of both must have room on any device."""
     heads = _sizes(built, "head_first", ("height", "width"), (ROWS, COLUMNS))
@@ -213,14 +216,32 @@ def _decoder_calls(model: ModelSpec, built: ComponentSpec, results: Sequence[NDA
         spare = (rows, columns) != smallest_head
         for when in ("first", "next"):
             latents = noise.randn((1, model.latents.channels, rows, columns))
-            yield Call(f"head_{when}", {"latents": latents}, "features", _named((rows, columns)), spare)
+            yield Call(f"head_{when}", {"latents": latents}, "features", _named((rows, columns)), spare=spare)
             features += results[done + len(features) :][:1]
         fed = [sizes for sizes in tails if sizes[0] <= rows * scale and sizes[1] <= columns * scale]
         tails = [sizes for sizes in tails if sizes not in fed]
         for sizes in sorted(fed, key=math.prod):
             for i, frames in enumerate(features):
-                part = frames[:1, :, : sizes[0], : sizes[1]]
-                yield Call("tail", {"features": part}, "frames", f"{_named(sizes)}.{i}", sizes != smallest_tail)
+                part, corner = _tail_part(component, built, frames[:1, :, : sizes[0], : sizes[1]])
+                variant, spare = f"{_named(sizes)}.{i}", sizes != smallest_tail
+                yield Call("tail", {"features": part}, "frames", variant, corner, spare)
+
+
+def _tail_part(
+    component: Component, built: ComponentSpec, features: NDArray[Any]
+) -> tuple[NDArray[Any], tuple[int, int] | None]:
+    """The features that a tail is fed, and the corner of its pixels that is kept where there are more than `CORNER`.
+
+    A reference is fed no more than it takes for that corner: its memory on a CPU is that of a tile.
+    """
+    tiles, sizes = built.tiles, features.shape[-2:]
+    assert tiles is not None
+    if max(sizes) <= CORNER:
+        return features, None
+    if component["tail"].spec.plan is None:
+        features = features[..., -(CORNER + tiles.halo) :, -(CORNER + tiles.halo) :]
+    rows, columns = (min(size, CORNER) * tiles.upscale for size in sizes)
+    return features, (rows, columns)
 
 
 def _sizes(built: ComponentSpec, role: str, names: Sequence[str], free: tuple[int, ...]) -> list[tuple[int, ...]]:

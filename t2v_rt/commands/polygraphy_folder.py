@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from t2v_rt.runtime.self_test import Made
 from t2v_rt.system.outputs import check_apart
 
 RUNNER = "t2v-rt"  # whose outputs they are
-RTX = "POLYGRAPHY_USE_TENSORRT_RTX"  # tells Polygraphy which of the two libraries runs a plan
+# module of a library -> what tells Polygraphy that it runs a plan; without one TensorRT does
+VARIABLES: Mapping[str, str] = {"tensorrt_rtx": "POLYGRAPHY_USE_TENSORRT_RTX=1"}
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -96,13 +97,12 @@ class PolygraphyFolder:
         return commands
 
     def _command(self, graph: GraphSpec, inputs: Path, outputs: Path, bounds: Sequence[str]) -> str:
-        backend = self._bundle.manifest.backend
-        makes_plans = backend_info(backend).ahead_of_time
-        runner = ["--model-type", "engine", "--trt"] if makes_plans else ["--onnxrt"]
+        info = backend_info(self._bundle.manifest.backend)
+        runner = ["--model-type", "engine", "--trt"] if info.ahead_of_time else ["--onnxrt"]
         path = str(self._bundle.folder / graph.path)
         words = ["polygraphy", "run", path, *runner, "--load-inputs", str(inputs), "--load-outputs", str(outputs)]
         words += ["--check-error-stat", "max", "--rtol", "0", "--atol", *bounds]
-        variable = [f"{RTX}=1"] if backend == "tensorrt-rtx" else []
+        variable = [VARIABLES[info.module]] if info.module in VARIABLES else []
         if os.name == "nt":
             return " && ".join([*(f"set {item}" for item in variable), subprocess.list2cmdline(words)])
         return " ".join([*variable, shlex.join(words)])

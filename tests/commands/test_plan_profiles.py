@@ -16,6 +16,7 @@ from tests.conftest import Tiny
 
 def planned(narrow: Tiny, **sizes: Any) -> dict[str, Any]:
     """The plan of a bundle for a card, as it would be built."""
+    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
     return dry_run(BuildOptions(narrow.checkpoint, backend="tensorrt-rtx", **sizes))
 
 
