@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Protocol
 
@@ -51,33 +52,31 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise BundleError(f"tensor {self.name!r} has dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        for dim in self.shape:
-            if isinstance(dim, str):
-                _factor(dim)
+        _ = self._dims  # refuses what is not understood
 
-    @property
+    @cached_property
+    def _dims(self) -> tuple[tuple[int, str], ...]:
+        """Factor and symbol of each dimension, empty for a fixed size: read once, as each call of an engine asks."""
+        return tuple((dim, "") if isinstance(dim, int) else _factor(dim) for dim in self.shape)
+
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         return np.dtype(DTYPES[self.dtype])
 
     def fixed(self, sizes: Mapping[str, int]) -> TensorSpec:
         """The same tensor with the given symbols replaced by their sizes; other symbols stay."""
-        dims: list[int | str] = []
-        for dim in self.shape:
-            factor, symbol = (1, "") if isinstance(dim, int) else _factor(dim)
-            dims.append(factor * sizes[symbol] if symbol in sizes else dim)
-        return TensorSpec(self.name, self.dtype, tuple(dims))
+        dims = zip(self.shape, self._dims, strict=True)
+        shape = tuple(factor * sizes[symbol] if symbol in sizes else dim for dim, (factor, symbol) in dims)
+        return TensorSpec(self.name, self.dtype, shape)
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape for given sizes of the symbols; KeyError for a symbol that has none."""
-        missing = self.symbols - set(sizes)
-        if missing:
-            raise KeyError(*missing)
-        return tuple(int(dim) for dim in self.fixed(sizes).shape)
+        return tuple([factor * sizes[symbol] if symbol else factor for factor, symbol in self._dims])
 
     @property
     def symbols(self) -> frozenset[str]:
         """The symbols in the shape."""
-        return frozenset(_factor(dim)[1] for dim in self.shape if isinstance(dim, str))
+        return frozenset(symbol for _, symbol in self._dims if symbol)
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the tensor for given sizes of the symbols."""
@@ -95,8 +94,7 @@ class TensorSpec:
             EngineError: dtype, rank or a size differs.
         """
         fits = array.dtype == self.numpy_dtype and len(array.shape) == len(self.shape)
-        for dim, size in zip(self.shape, array.shape, strict=False):
-            factor, symbol = (dim, "") if isinstance(dim, int) else _factor(dim)
+        for (factor, symbol), size in zip(self._dims, array.shape, strict=False):
             expected = factor * (sizes.setdefault(symbol, size // factor) if symbol else 1)
             fits = fits and size == expected
         if not fits:

@@ -43,6 +43,10 @@ class Components:
         self._loaded, self._used, self._lock = {}, {}, threading.RLock()
         self._users, self._keepers = Counter(), Counter()
 
+    def twin(self) -> Components:
+        """Others of the same bundle and backend."""
+        return Components(self.bundle, self._backend)
+
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the components that are loaded now."""

@@ -20,11 +20,13 @@ def denormalize(spec: LatentSpec, latents: Array) -> Array:
 
 def to_unit_range(frames: Array) -> Array:
     """Decoder output (F, 3, H, W), nominally in [-1, 1] -> frames (F, H, W, 3) in [0, 1]."""
-    unit = np.clip(np.clip(frames, -1.0, 1.0) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-    return np.ascontiguousarray(unit.transpose(0, 2, 3, 1))
+    unit: Array = np.clip(frames.transpose(0, 2, 3, 1), -1.0, 1.0, order="C")
+    unit *= np.float32(0.5)
+    unit += np.float32(0.5)
+    return unit
 
 
 def to_uint8(frames: Array) -> NDArray[np.uint8]:
     """Frames in [0, 1] -> 0..255, rounded to nearest as diffusers' `numpy_to_pil`."""
-    levels: NDArray[np.uint8] = np.rint(frames * np.float32(255.0)).astype(np.uint8)
-    return levels
+    levels: Array = frames * np.float32(255.0)
+    return np.rint(levels, out=levels).astype(np.uint8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,12 +19,12 @@ from t2v_rt.engines.bundle.store import Bundle, open_bundle
 from t2v_rt.errors import RequestError
 from t2v_rt.options import documented_by
 from t2v_rt.runtime.decode.tiles import Grid, parse_grid
-from t2v_rt.runtime.denoise.denoiser import guidance_batches
 from t2v_rt.runtime.diffusers_habits import DiffusersHabits, scheduler_refusal
-from t2v_rt.runtime.memory.admission import Admission
+from t2v_rt.runtime.engine_pool import EnginePool, check_count
 from t2v_rt.runtime.memory.advice import check_room, warn_of_spilling
 from t2v_rt.runtime.memory.device_memory import memory_of
-from t2v_rt.runtime.memory.plan import MemoryPlan, make_plan, parse_bytes
+from t2v_rt.runtime.memory.plan import MemoryPlan, parse_bytes
+from t2v_rt.runtime.memory.planner import Planner
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.options import BackendOptions, CallOptions, Prompt
 from t2v_rt.runtime.output import TextToVideoOutput
@@ -36,12 +35,13 @@ from t2v_rt.runtime.schedulers import get_scheduler
 from t2v_rt.runtime.schedulers.base import Scheduler
 from t2v_rt.runtime.stages import Progress, Stages
 from t2v_rt.runtime.step_callback import StepCallback
-from t2v_rt.system.resources import available_memory_bytes
+from t2v_rt.runtime.tuning import tuned_backend
+from t2v_rt.runtime.warmup import Preparation
 
 Array = NDArray[np.float32]
 
 
-class TextToVideoPipeline(DiffusersHabits):
+class TextToVideoPipeline(DiffusersHabits, Preparation):
     """Prompt in, frames out; made by `from_pretrained`.
 
     Engines are loaded at their first use and kept, as many as fit the memory of the card or `vram_budget`. Calls from
@@ -58,6 +58,7 @@ class TextToVideoPipeline(DiffusersHabits):
             allows.
         prompt_cache: whether prompt embeddings are kept in the user's cache.
         waits: whether a call that does not fit the budget beside those on their way waits for them to end.
+        engines: sets of engines, so that as many calls of several threads have engines of their own.
     """
 
     def __init__(
@@ -68,18 +69,17 @@ class TextToVideoPipeline(DiffusersHabits):
         vae_tiles: Grid | None = None,
         prompt_cache: bool = False,
         waits: bool = True,
+        engines: int = 1,
     ) -> None:
         self.bundle = bundle
         self.backend = backend
         manifest = bundle.manifest
         self._scheduler = get_scheduler(str(manifest.scheduler.get("_class_name")), manifest.scheduler)
-        self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits)
-        self._vae_tiles = vae_tiles
-        self._room = self._available_bytes()  # when it was opened: loaded weights would count twice
-        self.stages = Stages(bundle, backend, prompt_cache)
+        self._options = (backend, vram_budget, vae_tiles, prompt_cache, waits, engines)
         self._memory = memory_of(backend)  # shared with other pipelines
-        holder = self.stages.components
-        self.admission = Admission(vram_budget, waits=waits, device=self._memory, holder=holder)
+        self._pool = EnginePool(Stages(bundle, backend, prompt_cache), engines, vram_budget, waits, self._memory)
+        self._planner = Planner(manifest, backend, self._memory, self._pool.budget, vae_tiles, engines)
+        self.stages, self.admission = self._pool.sets[0].stages, self._pool.sets[0].admission
 
     @classmethod
     @documented_by(BackendOptions)
@@ -96,6 +96,8 @@ class TextToVideoPipeline(DiffusersHabits):
         trust: bool = False,
         prompt_cache: bool = True,
         waits: bool = True,
+        engines: int = 1,
+        tuned: bool = False,
     ) -> Self:
         """Opens a bundle; its files are checked, no engine is loaded yet.
 
@@ -109,6 +111,9 @@ class TextToVideoPipeline(DiffusersHabits):
                 encoded once on a machine.
             waits: whether a call that does not fit the budget beside those on their way (of other threads, or streams
                 that are not at their end) waits for them to end; False refuses it at once.
+            engines: sets of engines, each with weights of its own, among which vram_budget is divided: so many calls
+                of several threads run with engines of their own, on the CPU best with `threads` to share its cores.
+            tuned: whether engines get the settings that `tune` has found for this bundle on this machine.
 
         Raises:
             BundleError: the bundle is missing, damaged, edited or of another schema.
@@ -120,8 +125,10 @@ class TextToVideoPipeline(DiffusersHabits):
         bundle = open_bundle(bundle_dir)
         budget = None if vram_budget is None else parse_bytes(vram_budget)
         grid = None if vae_tiles is None else parse_grid(vae_tiles)
-        engines = backend_of(bundle, backend, provider=provider, threads=threads, device=device, trust=trust)
-        return cls(bundle, engines, budget, grid, prompt_cache, waits)
+        opened = backend_of(bundle, backend, provider=provider, threads=threads, device=device, trust=trust)
+        if tuned:
+            opened = tuned_backend(bundle, opened, threads)
+        return cls(bundle, opened, budget, grid, prompt_cache, waits, check_count(engines))
 
     @property
     def manifest(self) -> Manifest:
@@ -153,7 +160,8 @@ class TextToVideoPipeline(DiffusersHabits):
     @property
     def vram_budget(self) -> int | None:
         """Bytes that the engines of all calls may take together, at most all of a card's; None for no limit."""
-        return self.backend.memory_bytes if self.admission.budget is None else self.admission.budget
+        _, budget, *_ = self._options
+        return self.backend.memory_bytes if budget is None else budget
 
     @documented_by(CallOptions, CallArrays, CallHooks)
     def __call__(
@@ -317,30 +325,13 @@ class TextToVideoPipeline(DiffusersHabits):
             kept_frames: frames that are held at once as float32 results.
             previews: whether the VAE decoder makes previews between the steps.
         """
-        card, tokens = self.backend.own_memory, request.tokens(self.manifest.model)
-        batches = guidance_batches(request.guidance, request.guidance_batch, card, tokens)
-        available, shape = self._available_bytes(), request.latent_shape(self.manifest.model)
-        planner = partial(self._make_plan, kept_frames=kept_frames, batches=batches, previews=previews)
-        return planner(shape, available=available)
-
-    @property
-    def _make_plan(self) -> partial[MemoryPlan]:
-        """`make_plan` with what is the same for all requests of this pipeline, and what its device has room for now."""
-        room, budget, free = self._memory.measure(self.backend), self.admission.budget, None
-        if budget is None:
-            budget, free = room.bytes, room.free_bytes
-        planner = partial(make_plan, self.manifest, grid=self._vae_tiles, room=self._room)
-        return partial(planner, budget=budget, free=free, own_memory=self.backend.own_memory)
-
-    def _available_bytes(self) -> int | None:
-        """Of the machine's memory, where engines work in it."""
-        return None if self.backend.own_memory else available_memory_bytes()
+        return self._planner.plan(request, kept_frames, previews)
 
     def encode_prompt(self, texts: Sequence[str]) -> Array:
         """Prompt embeddings float32 (B, L, D) of texts, or of one, padded with zeros; remembered for later calls."""
         plan = self.plan(make_request(self.manifest, CallOptions(prompt="", seed=0))).of_stage("encode")
-        with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
-            return self.stages.encode_prompt([texts] if isinstance(texts, str) else texts, plan)
+        with self._pool.taken() as one, one.admission.admitted(plan) as plan, one.stages.components.following(plan):
+            return one.stages.encode_prompt([texts] if isinstance(texts, str) else texts, plan)
 
     def decode(self, latents: Array, progress: Progress | None = None) -> Iterator[Array]:
         """Decodes one video's latents, chunk by chunk.
@@ -359,9 +350,9 @@ class TextToVideoPipeline(DiffusersHabits):
         return self._decode(check_latents(self.manifest.model, latents, videos=1), progress)
 
     def _decode(self, latents: Array, progress: Progress | None) -> Iterator[Array]:
-        plan = self._make_plan(latents.shape).of_stage("decode")
-        with self.admission.admitted(plan) as plan, self.stages.components.following(plan):
-            yield from self.stages.decode(latents, plan, progress)
+        plan = self._planner.of_latents(latents.shape).of_stage("decode")
+        with self._pool.taken() as one, one.admission.admitted(plan) as plan, one.stages.components.following(plan):
+            yield from one.stages.decode(latents, plan, progress)
 
     def preview(self, latents: NDArray[Any]) -> NDArray[np.uint8]:
         """A quick look at latents, for `callback_on_step_end`; see `t2v_rt.runtime.preview`.
@@ -377,7 +368,7 @@ class TextToVideoPipeline(DiffusersHabits):
             PreviewError: the VAE failed; a step callback may leave it uncaught, the call warns once and goes on with
                 its tensors as they were.
         """
-        return preview(self.stages, check_latents(self.manifest.model, latents))
+        return preview(self._pool.stages, check_latents(self.manifest.model, latents))
 
     def _run(self, request: Request, kept_frames: int, hooks: CallHooks) -> Run:
         """A run of a request that fits, on its own copy of the scheduler."""
@@ -386,11 +377,16 @@ class TextToVideoPipeline(DiffusersHabits):
         check_room(self.manifest, request, plan, self.backend.own_memory)
         warn_of_spilling(plan, self._memory.room.free_bytes)
         request = replace(request, guidance_batch=plan.one_batch)
-        return Run(self.stages, self.admission, self.scheduler.copy(), request, plan, hooks, owner=self)
+        return Run(self._pool, self.scheduler.copy(), request, plan, hooks, owner=self)
+
+    def _with_backend(self, backend: Backend) -> Self:
+        """Another pipeline of the bundle, with one set of engines that are loaded by another backend."""
+        _, budget, tiles, prompt_cache, waits, _ = self._options
+        return type(self)(self.bundle, backend, budget, tiles, prompt_cache, waits)
 
     def close(self) -> None:
-        """Releases all engines; a later call loads them again."""
-        self.stages.components.close()
+        """Releases all engines; a later call loads them again. What a run on its way uses goes when that ends."""
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self

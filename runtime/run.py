@@ -19,20 +19,21 @@ from t2v_rt.errors import EngineError, PreviewError, RequestError
 from t2v_rt.runtime.cancel import check_cancelled, check_event
 from t2v_rt.runtime.denoise.denoiser import Denoiser, Prompts
 from t2v_rt.runtime.denoise.step_cache import StepCache
+from t2v_rt.runtime.engine_pool import EnginePool
 from t2v_rt.runtime.frames import to_uint8
-from t2v_rt.runtime.memory.admission import Admission
 from t2v_rt.runtime.memory.plan import MemoryPlan
 from t2v_rt.runtime.noise import Generator
 from t2v_rt.runtime.output import TextToVideoOutput
 from t2v_rt.runtime.prompts.encoder import check_finite
 from t2v_rt.runtime.request import Request, make_noise
 from t2v_rt.runtime.schedulers.base import Scheduler
-from t2v_rt.runtime.stages import Progress, Stages
+from t2v_rt.runtime.stages import Progress
 from t2v_rt.runtime.step_callback import CALLBACK_TENSORS, StepCallback, changed_tensors
 from t2v_rt.system.resources import peak_rss_bytes
 
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float32]
+RGB = 3
 FrameIterator = FrameGenerator[NDArray[Any], None, None]
 
 
@@ -63,8 +64,7 @@ class Run:
     """One request on its way through the stages.
 
     Args:
-        stages: whose engines are used.
-        admission: lets it begin.
+        pool: whose engines are used.
         scheduler: this run's own.
         request: what is asked for.
         plan: of its memory, which it follows.
@@ -77,8 +77,7 @@ class Run:
 
     def __init__(
         self,
-        stages: Stages,
-        admission: Admission,
+        pool: EnginePool,
         scheduler: Scheduler[Any],
         request: Request,
         plan: MemoryPlan,
@@ -90,8 +89,8 @@ class Run:
             raise RequestError(
                 f"callback tensors {sorted(unknown)} are unknown; expected {', '.join(CALLBACK_TENSORS)}"
             )
-        self._stages = stages
-        self._admission = admission
+        self._pool = pool
+        self._stages = pool.sets[0].stages  # until it begins
         self._held: ExitStack | None = None  # what is given back at the run's end
         self._scheduler = scheduler
         self.request = request
@@ -122,9 +121,10 @@ class Run:
         """
         if self._held is None:
             with ExitStack() as stack:
-                self.plan = stack.enter_context(self._admission.admitted(self.plan, self._cancel))
-                stack.enter_context(self._stages.components.following(self.plan))
-                self._held = stack.pop_all()
+                engines = stack.enter_context(self._pool.taken())
+                self.plan = stack.enter_context(engines.admission.admitted(self.plan, self._cancel))
+                stack.enter_context(engines.stages.components.following(self.plan))
+                self._stages, self._held = engines.stages, stack.pop_all()
 
     def end(self) -> None:
         """Gives the run's memory back to others; ending twice is allowed."""
@@ -241,7 +241,8 @@ class Run:
         tensors = dict(zip(CALLBACK_TENSORS, (latents, prompts.embeds, prompts.negative_embeds), strict=True))
         given = {name: tensors[name] for name in names}
         try:
-            returned = callback(self._owner, step, t, given)
+            with self._pool.serving(self._stages):
+                returned = callback(self._owner, step, t, given)
         except PreviewError as exc:
             self._warn(exc)
             returned = None
@@ -355,12 +356,16 @@ def make_output(run: Run, generator: Generator | Sequence[Generator] | None) -> 
 
 def collect(run: Run, latents: Array, output_type: str) -> Any:
     """All videos of a batch, in the form that was asked for: an array, or lists of PIL images."""
-    videos = []
-    for video in latents:
-        chunks = [chunk if output_type == "np" else to_uint8(chunk) for chunk in run.chunks(video[None])]
-        videos.append(np.concatenate(chunks))
+    request = run.request
+    shape = (len(latents), request.num_frames, request.height, request.width, RGB)
+    videos: NDArray[Any] = np.empty(shape, np.float32 if output_type == "np" else np.uint8)
+    for video, frames in zip(latents, videos, strict=True):
+        done = 0
+        for chunk in run.chunks(video[None]):
+            frames[done : done + len(chunk)] = chunk if output_type == "np" else to_uint8(chunk)
+            done += len(chunk)
     if output_type != "pil":
-        return np.stack(videos)
+        return videos
     try:
         from PIL import Image
     except ImportError as exc:

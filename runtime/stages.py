@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +97,18 @@ class Stages:
         """Forgets the embeddings that were remembered for later calls, for who measures how long making them takes."""
         if self._encoder is not None:
             self._encoder.forget()
+
+    def encode_anew(self, text: str, plan: MemoryPlan) -> Array:
+        """As `encode_prompt` of one text, but run through the engines in any case; zeros where there are none."""
+        if self._encoder is None:
+            return np.zeros((1, self.manifest.model.text.length, self.manifest.model.text.dim), np.float32)
+        return self._encoder.encode_anew(text, partial(self.components.engines, "text_encoder", plan))
+
+    def twin(self) -> Self:
+        """The same with engines of their own; what is remembered of prompts is shared."""
+        twin = copy.copy(self)
+        twin.components = self.components.twin()
+        return twin
 
     def _embed(self, table: EmbeddingTable, path: str, ids: NDArray[np.int64]) -> Array:
         """Token embeddings, out of the file that was opened."""

@@ -31,10 +31,10 @@ class Identity:
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Identity | None:
+    def of(cls, path: str) -> Identity | None:
         """That of a file, of what it points to where it is a link; None where there is none."""
         try:
-            status = path.stat()
+            status = os.stat(path)  # of some files at each stage of a call, and a Path costs more
         except OSError:
             return None
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -61,7 +61,7 @@ class Bundle:
 
     def note(self, path: str) -> None:
         """Notes which file is there; to be called before its content is checked."""
-        self._opened[path] = Identity.of(self.folder / path)
+        self._opened[path] = Identity.of(os.path.join(self.folder, path))
 
     def check(self, paths: Sequence[str]) -> None:
         """Refuses files that are not those that were opened, before they are read.
@@ -73,7 +73,7 @@ class Bundle:
             BundleError: one is gone, or its content is another.
         """
         for path in paths:
-            known, found = self._opened.get(path), Identity.of(self.folder / path)
+            known, found = self._opened.get(path), Identity.of(os.path.join(self.folder, path))
             if found is not None and found == known:
                 continue
             try:
@@ -97,7 +97,7 @@ class Bundle:
             BundleError: the content of one is another.
         """
         for path in paths:
-            known, found = self._opened.get(path), Identity.of(self.folder / path)
+            known, found = self._opened.get(path), Identity.of(os.path.join(self.folder, path))
             replaced = known is not None and found is not None and known.inode != found.inode
             if found is not None and not replaced:
                 self.check([path])

@@ -144,7 +144,12 @@ class OrtComponent(Component):
             }
 
         try:
-            spare = buffers(self.written(role_prefix))
+            spare = {
+                spec.name: ort.OrtValue.ortvalue_from_shape_and_type(
+                    spec.resolve(sizes), spec.numpy_dtype, self.device, self.index
+                )
+                for spec in self.written(role_prefix)  # each is written before it is read
+            }
             return [OrtState(buffers(self.states(role_prefix)), spare, sizes) for _ in range(count)]
         except MemoryError as exc:
             raise OutOfMemoryError(f"{self.name}: no memory for {count} states of {height}x{width}") from exc
@@ -162,6 +167,7 @@ class OnnxRuntimeBackend:
         threads: of one engine; None for as many as there are cores. Never more than this process may use. The text
             encoder has fewer, or two at least, where its result would depend on their number.
         index: of the GPU, for `cuda`; None for the first.
+        spinning: whether threads that wait for work keep their processors busy, which saves the time to wake them.
 
     Raises:
         BackendError: unknown provider, one that this installation of ONNX Runtime lacks, or no such GPU.
@@ -170,6 +176,7 @@ class OnnxRuntimeBackend:
     provider: str = "cpu"
     threads: int | None = None
     index: int | None = None
+    spinning: bool = True
 
     def __post_init__(self) -> None:
         BACKENDS["onnxruntime"].has_own_memory(self.provider)  # refuses an unknown one
@@ -271,6 +278,8 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = False  # laid out ahead, activations take a quarter more and are no faster
         options.log_severity_level = ERRORS_ONLY
         options.inter_op_num_threads = 1
+        if not self.spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.use_deterministic_compute = True
         source: str | bytes = native_name(path)
         if (linked := real_graph(path)) is not None:

@@ -76,7 +76,7 @@ class Denoiser:
         given = [array for array in (prompts.embeds, prompts.negative_embeds) if array is not None]
         rows = sum(map(len, given))
         self._prompts = prompts
-        self._alone = [self._texts([embeds]) for embeds in given]
+        self._alone: dict[int, Sequence[Mapping[str, Array]]] = {}  # made where a step makes its predictions apart
         # several calls make no batch: each is of one prediction then, and there is one text to keep of each prompt
         batches = self._together and len(given) > 1 and rows <= (self._most or rows)
         self._both = self._texts(given) if batches else None
@@ -109,7 +109,15 @@ class Denoiser:
         if passes == 2 and self._both is not None:
             prediction = self._infer(np.concatenate([sample, sample]), t, self._both)
             return prediction[: len(sample)], prediction[len(sample) :]
-        return tuple(self._infer(sample, t, text) for text in self._alone[:passes])
+        return tuple(self._infer(sample, t, self._text_alone(i)) for i in range(passes))
+
+    def _text_alone(self, index: int) -> Sequence[Mapping[str, Array]]:
+        """What the calls of one prediction take of its prompts: those of the conditional one, or of the other."""
+        if index not in self._alone:
+            embeds = (self._prompts.embeds, self._prompts.negative_embeds)[index]
+            assert embeds is not None
+            self._alone[index] = self._texts([embeds])
+        return self._alone[index]
 
     def _infer(self, sample: Array, t: float, texts: Sequence[Mapping[str, Array]]) -> Array:
         """One call, or as many as an engine that was built for small batches needs."""

@@ -110,7 +110,10 @@ class Guidance:
 
 def guide(conditional: Array, unconditional: Array, scale: float) -> Array:
     """unconditional + scale * (conditional - unconditional), in float32; both arrays keep their shape."""
-    return unconditional + np.float32(scale) * (conditional - unconditional)
+    guided: Array = conditional - unconditional
+    guided *= np.float32(scale)
+    guided += unconditional
+    return guided
 
 
 def projection_scale(conditional: Array, unconditional: Array) -> Array:

@@ -82,6 +82,12 @@ class PromptEncoder:
         with self._lock:
             self._cache.clear()
 
+    def encode_anew(self, text: str, open_engines: OpenEngines) -> Array:
+        """Prompt embeddings float32 (1, length, D) of a text, whether it is remembered or not; nothing is kept."""
+        (rows,) = self._infer([self._tokenizer.encode(text)], open_engines)
+        padded: Array = self._rule.padded(rows, self._spec.length)[None]
+        return padded
+
     def _cached(self, texts: Sequence[str]) -> dict[str, Array]:
         """Embeddings (L, D) of those texts that are remembered."""
         with self._lock:
@@ -129,7 +135,7 @@ def check_finite(array: NDArray[np.floating], stage: str, what: str) -> None:
     Raises:
         EngineError: names the stage.
     """
-    if not np.all(np.isfinite(array)):
+    if not np.isfinite(array).all():
         raise EngineError(
             f"stage {stage}: {what} gave values that are not finite; the engine is damaged or overflows: "
             "build the bundle again, at fp32 if it is at a lower precision"

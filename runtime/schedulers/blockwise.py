@@ -23,6 +23,9 @@ def blockwise(formula: Callable[..., Any], *arrays: Float32) -> Float32:
     Returns:
         float32, of that shape.
     """
+    if arrays[0].size <= BLOCK:
+        whole: Float32 = formula(*arrays)
+        return whole.copy() if any(whole is array for array in arrays) else whole
     flat = [np.ascontiguousarray(array).reshape(-1) for array in arrays]
     result = np.empty(arrays[0].shape, np.float32)
     out = result.reshape(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from t2v_rt.runtime.schedulers.predictions import FlowOrPrediction, data_predict
 from t2v_rt.runtime.schedulers.sigma import spaced_sigmas, spacing_of, training_levels
 
 Float32 = NDArray[np.float32]
+MOST_REMEMBERED = 4096  # noise levels, or steps: of some dozens of schedules
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class MultistepConfig(BetaConfig):
             raise RequestError(
                 f"solver_order is {self.solver_order}, flow_shift {self.flow_shift}; expected 1 to 3, and more than 0"
             )
+
+
+def alpha_sigma(sigma: Any, flow: bool) -> tuple[Any, Any]:
+    """alpha_t and sigma_t of a noise level, of a flow model or a variance-preserving one."""
+    if flow:
+        return 1 - sigma, sigma
+    alpha = 1 / np.sqrt(sigma * sigma + 1)
+    return alpha, sigma * alpha
+
+
+@lru_cache(MOST_REMEMBERED)
+def level(sigma: np.float32, flow: bool) -> tuple[Any, Any, Any]:
+    """alpha_t, sigma_t and lambda = ln alpha_t - ln sigma_t; remembered, as steps and calls share their schedules."""
+    alpha, sigma_t = alpha_sigma(sigma, flow)
+    return alpha, sigma_t, log(alpha) - log(sigma_t)
 
 
 M = TypeVar("M", bound=MultistepConfig)
@@ -85,15 +102,11 @@ class MultistepScheduler(Scheduler[M]):
         self.num_inference_steps = len(timesteps)
 
     def _alpha_sigma(self, sigma: Any) -> tuple[Any, Any]:
-        if self.config.use_flow_sigmas:
-            return 1 - sigma, sigma
-        alpha = 1 / np.sqrt(sigma * sigma + 1)
-        return alpha, sigma * alpha
+        return alpha_sigma(sigma, self.config.use_flow_sigmas)
 
     def _lambda(self, i: int) -> tuple[Any, Any, Any]:
         """alpha, sigma and lambda = ln alpha - ln sigma of the schedule's i-th level, rounded as the reference does."""
-        alpha, sigma = self._alpha_sigma(self.sigmas[i])
-        return alpha, sigma, log(alpha) - log(sigma)
+        return level(self.sigmas[i], self.config.use_flow_sigmas)
 
     def _x0(self, i: int, m: Float32, x: Float32) -> Float32:
         alpha, sigma = self._alpha_sigma(self.sigmas[i])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from t2v_rt.errors import RequestError
 from t2v_rt.runtime.schedulers.base import Draw
 from t2v_rt.runtime.schedulers.blockwise import blockwise
-from t2v_rt.runtime.schedulers.multistep import MultistepConfig, MultistepScheduler
+from t2v_rt.runtime.schedulers.multistep import MOST_REMEMBERED, MultistepConfig, MultistepScheduler, level
 from t2v_rt.runtime.schedulers.noise_schedules import (
     dynamic_shift,
     expm1,
@@ -147,18 +148,10 @@ class UniPCMultistepScheduler(MultistepScheduler[UniPCConfig]):
 
     def _update(self, x: Float32, i: int, order: int, m_t: Float32 | None) -> Float32:
         """UniP from step i to i + 1, or UniC where the new prediction m_t is known."""
-        alpha, sigma, lam = self._lambda(i + 1)
-        alpha0, sigma0, lam0 = self._lambda(i)
-        h = lam - lam0
-        r = [(self._lambda(i - k)[2] - lam0) / h for k in range(1, order)]
-        hh = -h if self.config.predict_x0 else h
-        phi = expm1(hh)
-        B = hh if self.config.solver_type == "bh1" else phi
-        rho = self._weights(hh, phi, B, r, corrector=m_t is not None)
-        # x_t = sigma_t / sigma_0 x - alpha_t (e^-h - 1) m_0 - alpha_t B(h) (sum rho_k D_k + rho_t (m_t - m_0)),
-        # with alpha and sigma exchanged where the noise is predicted
-        ratio, scale = (sigma / sigma0, alpha) if self.config.predict_x0 else (alpha / alpha0, sigma)
-        of_m0, of_D = scale * phi, scale * B
+        levels = self.sigmas[i - order + 1 : i + 2].tobytes()
+        config = self.config
+        kind = config.use_flow_sigmas, config.predict_x0, config.solver_type == "bh1"
+        ratio, of_m0, of_D, r, rho = factors(levels, *kind, m_t is not None)
 
         def formula(x: Float32, m0: Float32, *rest: Float32) -> Any:
             x_t = ratio * x - of_m0 * m0
@@ -173,24 +166,56 @@ class UniPCMultistepScheduler(MultistepScheduler[UniPCConfig]):
         history = list(self._m)[::-1][:order]
         return blockwise(formula, x, *history, *(() if m_t is None else (m_t,)))
 
-    @staticmethod
-    def _weights(hh: Any, phi: Any, B: Any, r: list[Any], *, corrector: bool) -> Any:
-        """The weights rho that solve R rho = b: of all differences, or of all but the newest for the predictor."""
-        size = len(r) + corrector
-        if size < 2:
-            return np.full(size, 0.5, np.float32)
-        ratios = np.array([*r, 1.0], np.float32)
-        b = []
-        factorial, phi_k = 1, phi / hh - 1
-        for k in range(size):
-            b.append(phi_k * np.float32(factorial) / B)
-            factorial *= k + 2
-            phi_k = phi_k / hh - np.float32(1 / factorial)
-        R = np.array([ratios[:size] ** k for k in range(size)], np.float32)
-        try:
-            rho = np.linalg.solve(R, np.array(b, np.float32))
-        except np.linalg.LinAlgError:
-            rho = np.full(size, np.nan, np.float32)
-        if not np.all(np.isfinite(rho)):
-            raise RequestError("the last sigmas coincide, so UniPC has no step of this order; set lower_order_final")
-        return rho
+
+@lru_cache(MOST_REMEMBERED)
+def factors(
+    levels: bytes, flow: bool, predict_x0: bool, bh1: bool, corrector: bool
+) -> tuple[Any, Any, Any, tuple[Any, ...], Any]:
+    """What a step multiplies with, which its noise levels alone decide; remembered from call to call.
+
+    x_t = sigma_t / sigma_0 x - alpha_t (e^-h - 1) m_0 - alpha_t B(h) (sum rho_k D_k + rho_t (m_t - m_0)), with alpha
+    and sigma exchanged where the noise is predicted.
+
+    Args:
+        levels: float32 sigmas of the steps before it, as many as its order takes, of its begin and of its end.
+        flow: whether they are of a flow model.
+        predict_x0: whether the data is predicted, else the noise.
+        bh1: whether B(h) is h, else e^h - 1.
+        corrector: whether the newest prediction is known.
+
+    Returns:
+        The factors of x, of m_0 and of the sum, and r and rho of its differences.
+    """
+    (alpha, sigma, lam), (alpha0, sigma0, lam0), *before = (
+        level(x, flow) for x in np.frombuffer(levels, np.float32)[::-1]
+    )
+    h = lam - lam0
+    r = [(lam_k - lam0) / h for _, _, lam_k in before]
+    hh = -h if predict_x0 else h
+    phi = expm1(hh)
+    B = hh if bh1 else phi
+    rho = weights(hh, phi, B, r, corrector=corrector)
+    ratio, scale = (sigma / sigma0, alpha) if predict_x0 else (alpha / alpha0, sigma)
+    return ratio, scale * phi, scale * B, tuple(r), rho
+
+
+def weights(hh: Any, phi: Any, B: Any, r: list[Any], *, corrector: bool) -> Any:
+    """The weights rho that solve R rho = b: of all differences, or of all but the newest for the predictor."""
+    size = len(r) + corrector
+    if size < 2:
+        return np.full(size, 0.5, np.float32)
+    ratios = np.array([*r, 1.0], np.float32)
+    b = []
+    factorial, phi_k = 1, phi / hh - 1
+    for k in range(size):
+        b.append(phi_k * np.float32(factorial) / B)
+        factorial *= k + 2
+        phi_k = phi_k / hh - np.float32(1 / factorial)
+    R = np.array([ratios[:size] ** k for k in range(size)], np.float32)
+    try:
+        rho = np.linalg.solve(R, np.array(b, np.float32))
+    except np.linalg.LinAlgError:
+        rho = np.full(size, np.nan, np.float32)
+    if not np.all(np.isfinite(rho)):
+        raise RequestError("the last sigmas coincide, so UniPC has no step of this order; set lower_order_final")
+    return rho

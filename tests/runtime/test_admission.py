@@ -84,7 +84,7 @@ def test_a_call_makes_one_plan_and_follows_it(narrow: Tiny, monkeypatch: pytest.
 
     make = make_plan
     pipe = TextToVideoPipeline.from_pretrained(narrow.bundle)
-    monkeypatch.setattr("t2v_rt.runtime.pipeline.make_plan", counted)
+    monkeypatch.setattr("t2v_rt.runtime.memory.planner.make_plan", counted)
     pipe("a ball", **SMALL)
     assert len(plans) == 1
     stream = pipe.stream("a ball", **SMALL)
