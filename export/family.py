@@ -87,13 +87,13 @@ class Configs(Protocol):
         """
         ...
 
-    def context(self, component: str, role: str, sizes: Mapping[str, int], options: GraphOptions | None) -> int:
+    def context(self, component: str, role: str, ranges: Ranges, options: GraphOptions | None) -> int:
         """Bytes of memory that a half-precision plan works in, by a rule of thumb, for before it is built.
 
         Args:
             component: its name.
             role: of the engine.
-            sizes: symbol -> largest size of the shape profile.
+            ranges: symbol -> range of the shape profile.
             options: of the engine's graph; None for ONNX Runtime's.
         """
         ...

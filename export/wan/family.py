@@ -143,12 +143,12 @@ class WanConfigs:
         decoder = VaeDecoderGraph(g, self.vae, first=role == "head_first")
         return decoder.write_tail() if role == "tail" else decoder.write_head()
 
-    def context(self, component: str, role: str, sizes: Mapping[str, int], options: GraphOptions | None) -> int:
+    def context(self, component: str, role: str, ranges: Ranges, options: GraphOptions | None) -> int:
         if component == TEXT_ENCODER:
-            return text_encoder_context(self.text_encoder, sizes)
+            return text_encoder_context(self.text_encoder, ranges)
         if component == "transformer":
-            return transformer_context(self.transformer, sizes, 1 if options is None else options.slices)
-        return vae_context(self.vae, role, sizes)
+            return transformer_context(self.transformer, ranges, 1 if options is None else options.slices)
+        return vae_context(self.vae, role, ranges)
 
     def embedding(self, weights: CheckpointWeights) -> tuple[str, tuple[int, int]]:
         return embedding_name(weights), (self.text_encoder.vocab, self.text_encoder.dim)

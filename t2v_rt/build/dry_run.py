@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from t2v_rt.build.job import BuildJob
     from t2v_rt.build.units import Unit
 
+SIZES = ("height", "width", "num_frames")  # options that take a size, a list of sizes or a range
+
 
 def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str, Any]:
     """Estimates a build; nothing is downloaded or written.
@@ -31,7 +33,8 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
 
     Returns:
         What the command `plan` reports for the default size, `estimated` true; and `disk_bytes`, `memory_bytes` (of the
-        build) and `free_disk_bytes`, `available_memory_bytes`.
+        build) and `free_disk_bytes`, `available_memory_bytes`. Of ranges of sizes also `listed_profiles`: the
+        `profiles` of a bundle that is built for lists of their ends.
 
     Raises:
         InputError: the checkpoint or an option cannot be used; `build_engines` tells the kinds.
@@ -47,6 +50,9 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
     whole = manifest.with_components(components)
     report = plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
     needs = estimate_needs(job, outline)
+    listed = _as_lists(options)
+    if listed != options:
+        report["listed_profiles"] = dry_run(listed, output)["profiles"]
     return {
         **report,
         "estimated": True,
@@ -54,6 +60,15 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
         "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
         "available_memory_bytes": available_memory_bytes(),
     }
+
+
+def _as_lists(options: BuildOptions) -> BuildOptions:
+    """The options with lists in the place of ranges; the same where there is none, or where some sizes are lists."""
+    sizes = {name: str(getattr(options, name)) for name in SIZES if getattr(options, name) is not None}
+    if any("," in text for text in sizes.values()):
+        return options
+    ranges = {name: text.replace(":", ",") for name, text in sizes.items() if ":" in text}
+    return replace(options, **ranges) if ranges else options  # type: ignore[arg-type]
 
 
 def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec:
@@ -68,6 +83,5 @@ def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec
 
 
 def _context(job: BuildJob, unit: Unit, role: str, ranges: Mapping[str, Range]) -> int:
-    largest = {symbol: sizes.max for symbol, sizes in ranges.items()}
     form = None if unit.graph_options is None else unit.graph_options[role]
-    return job.configs.context(unit.component, role, largest, form)
+    return job.configs.context(unit.component, role, ranges, form)

@@ -136,6 +136,9 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         cells += [stage["staging_bytes"]] if staged else []
         lines.append(f"{stage['name']:8}" + "".join(f"{cell / GB:9.3f}" for cell in cells))
     lines += [_profile_line(profile) for profile in _told_profiles(report["profiles"])]
+    lines += [
+        f"as a list, {_profile_line({**profile, 'used': False})}" for profile in report.get("listed_profiles", ())
+    ]
     reserve = (
         f", {report['reserve_bytes'] / GB:.1f} of it kept for driver and desktop" if report["reserve_bytes"] else ""
     )
