@@ -166,7 +166,7 @@ def test_a_build_for_named_gpus_is_refused_where_there_is_none(narrow: Tiny, tmp
 
 def test_options_that_a_backend_has_are_taken(narrow: Tiny) -> None:
     taken = backend_of(open_bundle(narrow.bundle), provider="cpu", threads=1)
-    assert vars(taken) == {"provider": "cpu", "threads": 1, "index": None}
+    assert vars(taken) == {"provider": "cpu", "threads": 1, "index": None, "spinning": True}
     with pytest.raises(BackendError, match="unknown provider ''"):
         TextToVideoPipeline.from_pretrained(narrow.bundle, provider="")
 
