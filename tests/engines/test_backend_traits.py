@@ -166,7 +166,7 @@ def test_a_build_for_named_gpus_is_refused_where_there_is_none(narrow: Tiny, tmp
 
 def test_options_that_a_backend_has_are_taken(narrow: Tiny) -> None:
     taken = backend_of(open_bundle(narrow.bundle), provider="cpu", threads=1)
-    assert vars(taken) == {"provider": "cpu", "threads": 1, "index": None}
+    assert vars(taken) == {"provider": "cpu", "threads": 1, "index": None, "spinning": True}
     with pytest.raises(BackendError, match="unknown provider ''"):
         TextToVideoPipeline.from_pretrained(narrow.bundle, provider="")
 
@@ -177,7 +177,7 @@ def test_options_that_a_backend_has_are_taken(narrow: Tiny) -> None:
 def test_a_card_of_its_own_is_planned_against_its_memory_and_not_the_machine_s(
     narrow: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("t2v_rt.runtime.pipeline.available_memory_bytes", lambda: 1)
+    monkeypatch.setattr("t2v_rt.runtime.memory.planner.available_memory_bytes", lambda: 1)
     with pytest.raises(RequestError, match="the memory available is"):
         TextToVideoPipeline.from_pretrained(narrow.bundle)("a ball", seed=1, **LARGE)
     pipe = on_card(narrow, CARD_RESERVE + 100_000_000)

@@ -105,7 +105,7 @@ def test_the_choice_is_made_by_size_and_told(pipe: TextToVideoPipeline, monkeypa
     assert latents(pipe, guidance_scale=1.0, guidance_batch=True).settings["guidance_batch"] is False
     assert pipe.stream("a ball").settings["guidance_batch"] is True
     card = SimpleNamespace(own_memory=True, memory_bytes=None, free_bytes=lambda: None)
-    monkeypatch.setattr(pipe, "backend", card)
+    monkeypatch.setattr(pipe._planner, "_backend", card)
     assert latents(pipe).settings["guidance_batch"] is False
     assert not one_batch_is_faster(True, 1)
 
