@@ -41,7 +41,7 @@ class BuildOptions:
             them it may be a range or several numbers, such as 17:81 or 33,81.
         gpus: GPUs that TensorRT-RTX builds plans for, such as sm86,sm89, out of sm75, sm80, sm86, sm89, sm120 and
             sm121. Where it is left out, this machine's own, and where there is none, sm80, sm86, sm89 and sm120. One
-            takes less memory than several: the denoiser of Wan2.1-T2V-1.3B at 832x480 with 81 frames works in 1.01 GB
+            takes less memory than several: the denoiser of Wan2.1-T2V-1.3B at 832x480 with 81 frames works in 0.93 GB
             of sm89 alone, and in 1.10 GB of these four.
         vram_budget: memory of the smallest card that the bundle is for, such as 4GiB: the text encoder comes in engines
             of which one at a time fits there. Where it is left out, an engine has 3 GB at most, which suits most cards.
