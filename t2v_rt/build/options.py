@@ -42,7 +42,7 @@ class BuildOptions:
         gpus: GPUs that TensorRT-RTX builds plans for, such as sm86,sm89, out of sm75, sm80, sm86, sm89, sm120 and
             sm121. Where it is left out, this machine's own, and where there is none, sm80, sm86, sm89 and sm120. One
             takes less memory than several: the denoiser of Wan2.1-T2V-1.3B at 832x480 with 81 frames works in 0.93 GB
-            of sm89 alone, and in 1.10 GB of these four.
+            of sm89 alone, and in 1.09 GB of these four.
         vram_budget: memory of the smallest card that the bundle is for, such as 4GiB: the text encoder comes in engines
             of which one at a time fits there. Where it is left out, an engine has 3 GB at most, which suits most cards.
         with_text_encoder: whether the bundle gets its text encoder; without it, videos are made from prompt embeddings,
