@@ -160,9 +160,9 @@ def relative(found: Array, expected: Array) -> float:
 
 
 def store(part: str, report: Mapping[str, Any], path: Path = RESULTS) -> None:
-    """Puts a part into the results, with the machine it was measured on."""
+    """Puts a part into the results, with the machine it was measured on; what has none is of the file's own."""
     found = read(path) if path.is_file() else {}
-    write(path, with_machine({**found, part: report}))
+    write(path, {**found, part: with_machine(report)})
 
 
 def main() -> None:
