@@ -268,7 +268,8 @@ def _block(
 
 def _held_back(g: GraphWriter, context: str, hidden: str) -> str:
     """The text again, as if it followed from a layer's hidden states."""
-    if g.options.accumulation is None:  # ONNX Runtime takes nodes in their order
+    in_order = g.options.accumulation is None  # as ONNX Runtime takes nodes
+    if in_order or g.options.slices == 1:  # or the video is small, and memory with it
         return context
     nothing = g.mul(g.slice(hidden, 1, 0, 1), g.scalar(0.0))
     return g.add(context, g.half(nothing))
