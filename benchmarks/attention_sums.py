@@ -13,7 +13,6 @@ Errors are the largest difference from exact attention, relative to its largest 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.benchmarks.machine import describe_machine
+from t2v_rt.benchmarks import results
 
 BLOCK, STEP = 64, 16  # keys of a block, and those that one instruction multiplies and adds up
 HEAD, QUERIES = 128, 32
@@ -190,8 +189,7 @@ def main() -> None:
             rows.append({"keys": keys, **asdict(setting), "errors": told})
     print("* scores added up in float32")
     if options.output is not None:
-        content = {"machine": describe_machine(), "head": HEAD, "queries": QUERIES, "results": rows}
-        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        results.write(options.output, {"head": HEAD, "queries": QUERIES, "results": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import numpy as np
 
 from t2v_rt.benchmarks.work import Work, count
 from t2v_rt.benchmarks.worker import in_process
-from t2v_rt.engines.bundle.manifest import Manifest
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.errors import InputError
 
@@ -133,9 +132,3 @@ def shares(counted: Iterable[tuple[Mapping[str, Any], Work]], rates: Mapping[str
         row["gflops"] = (row["products"] + row["attention"] + row["convolutions"]) / row["seconds"] / GIGA
         row["share"] = row["limit_seconds"] / row["seconds"]
     return [{"component": name, **row} for name, row in rows.items()]
-
-
-def work_of(manifest: Manifest, folder: Path, component: str, role: str, sizes: Mapping[str, int]) -> Work:
-    """The work of one call of a bundle's graph."""
-    graph = manifest.components[component].graphs[role]
-    return count(folder / graph.path, graph, sizes)

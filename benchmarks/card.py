@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from t2v_rt import build_engines
+from t2v_rt.benchmarks import results
 from t2v_rt.benchmarks.card_steps import STEPS, Step
-from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.make_checkpoint import make_checkpoint
 from t2v_rt.benchmarks.wan_tensors import CONFIGS
 from t2v_rt.commands.doctor import find_gpus
 from t2v_rt.errors import RequestError
 
-RESULTS = Path(__file__).parent / "results"
 MINUTES = 25.0
 LAYERS = 2  # as many as show a layer's time and memory; the whole model has 30
 SIZE = {"height": 480, "width": 832, "num_frames": 81}
@@ -74,7 +73,7 @@ def run(
         only: names of steps; none for all.
 
     Returns:
-        `machine`, `gpus`, `gpu_problem` and `steps`: name -> `verdict` (`passed`, `failed` or `left out`), `why`,
+        `gpus`, `gpu_problem` and `steps`: name -> `verdict` (`passed`, `failed` or `left out`), `why`,
         `seconds`, and the step's own figures.
 
     Raises:
@@ -85,7 +84,7 @@ def run(
         raise RequestError(f"unknown step {', '.join(unknown)}; expected one or more of {', '.join(known)}")
     gpus, problem = find_gpus()
     end = time.monotonic() + minutes * 60
-    report: dict[str, Any] = {"machine": describe_machine(), "gpus": gpus, "gpu_problem": problem, "steps": {}}
+    report: dict[str, Any] = {"gpus": gpus, "gpu_problem": problem, "steps": {}}
     for step in STEPS:
         if only and step.name not in only:
             continue
@@ -142,8 +141,8 @@ def main() -> None:
         print("\n".join(map(str, prepare(parsed.folder, parsed.gpu))))
         return
     report = run(parsed.bundle, parsed.variant, parsed.minutes, parsed.step)
-    path = parsed.output or RESULTS / result_name(report["gpus"])
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = parsed.output or results.FOLDER / result_name(report["gpus"])
+    results.write(path, report)
     print(path)
     if any(step["verdict"] == "failed" for step in report["steps"].values()):
         raise SystemExit(1)

@@ -15,8 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from t2v_rt.benchmarks.cards import CardMemory
 from t2v_rt.cli import main as command_line
 from t2v_rt.commands.doctor import examine
 from t2v_rt.engines.backend_info import RTX
@@ -108,26 +109,13 @@ def told_of(bundle: Path, folder: Path, *arguments: str) -> Figures:
             "generate", *arguments, "--engines", str(bundle), "--output", str(folder / "video.npy"), "--trust"
         )
     kept = ("frames_sha256", "stage_seconds", "said")
-    return {**{name: told[name] for name in kept}, "peak_card_bytes": max(used, default=None)}
+    return {**{name: told[name] for name in kept}, "peak_card_bytes": used.peak_bytes}
 
 
-@contextmanager
-def memory_watch() -> Iterator[list[int]]:
-    """Bytes of the card that are in use, by whomever, looked at again and again."""
-    cuda, used, ended = card(), list[int](), threading.Event()
-
-    def look() -> None:
-        cuda.activate()
-        while not ended.wait(LOOK):
-            used.append(cuda.info.memory_bytes - cuda.free_bytes())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield used
-    finally:
-        ended.set()
-        thread.join()
+def memory_watch() -> CardMemory:
+    """Looks at what of the card is taken, by whomever, while a block runs."""
+    cuda = card()
+    return CardMemory((lambda: cuda.info.memory_bytes - cuda.free_bytes(), LOOK))
 
 
 def read_plan(bundle: Path, *options: str) -> Figures:

@@ -5,17 +5,16 @@ NVML's bindings are used where they are installed (`pynvml`), else `nvidia-smi` 
 
 from __future__ import annotations
 
-import csv
-import io
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Self
 
+from t2v_rt.system.installed import query_driver, read_rows
+
+Source = tuple[Callable[[], int], float]  # asks for bytes that are taken, and seconds between two questions
 MIB = 2**20
-ANSWER_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
+USED = ("memory.used",)  # as the driver calls it
 NVML_INTERVAL, SMI_INTERVAL = 0.02, 0.5  # seconds between looks at the memory: what an answer takes, many times over
 # what a result names -> how the driver calls it
 FIELDS = {
@@ -33,16 +32,14 @@ FIELDS = {
 
 def describe_cards() -> list[dict[str, Any]]:
     """Name, driver, memory, power limit and clocks of each card, as they are now; none without a driver."""
-    return read_cards(_ask(",".join(FIELDS.values())) or "")
+    text, _ = query_driver(tuple(FIELDS.values()))
+    return read_cards(text)
 
 
 def read_cards(text: str) -> list[dict[str, Any]]:
     """Reads what nvidia-smi prints for `FIELDS`, one card a line; what a card does not tell is None."""
-    cards = []
-    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(row) == len(FIELDS):
-            cards.append({name: _value(word) for name, word in zip(FIELDS, row, strict=True)})
-    return cards
+    rows = read_rows(text, len(FIELDS))
+    return [{name: _value(word) for name, word in zip(FIELDS, row, strict=True)} for row in rows]
 
 
 def _value(word: str) -> str | float | None:
@@ -54,19 +51,7 @@ def _value(word: str) -> str | float | None:
         return word
 
 
-def _ask(query: str) -> str | None:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    arguments = [command, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def used_bytes() -> tuple[Callable[[], int], float] | None:
+def used_bytes() -> Source | None:
     """How to ask for the bytes taken of the first card, and how often that may be done; None without a card."""
     try:
         nvml = import_module("pynvml")
@@ -77,22 +62,30 @@ def used_bytes() -> tuple[Callable[[], int], float] | None:
         pass
     except Exception:  # NVML's own, as where there is no driver
         return None
-    if not (_ask("memory.used") or "").split():
-        return None
-    return (lambda: int((_ask("memory.used") or "0").split()[0]) * MIB), SMI_INTERVAL
+    return (_used_by_driver, SMI_INTERVAL) if query_driver(USED)[0].split() else None
+
+
+def _used_by_driver() -> int:
+    words = query_driver(USED)[0].split()
+    return int(words[0]) * MIB if words else 0
 
 
 class CardMemory:
-    """The most that was taken of the first card while the block ran; `peak_bytes` is None where there is no card."""
+    """The most that was taken of a card while the block ran; `peak_bytes` is None where there is no card.
 
-    def __init__(self) -> None:
+    Args:
+        source: as of `used_bytes`, which finds it where this is None.
+    """
+
+    def __init__(self, source: Source | None = None) -> None:
+        self._source = source
         self.peak_bytes: int | None = None
         self.before_bytes: int | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        found = used_bytes()
+        found = used_bytes() if self._source is None else self._source
         if found is not None:
             ask, interval = found
             self.before_bytes = self.peak_bytes = ask()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 from t2v_rt.benchmarks.cards import describe_cards
+from t2v_rt.system.installed import installed_version
 from t2v_rt.system.resources import usable_processors
 
 PACKAGES = (
@@ -18,12 +18,7 @@ PACKAGES = (
 
 def describe_machine() -> dict[str, object]:
     """CPU, cores, memory, system, Python and the versions of the packages that matter; the cards, where there are."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
     machine: dict[str, object] = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

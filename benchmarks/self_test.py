@@ -23,17 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2v_rt.benchmarks import wan_tensors
-from t2v_rt.benchmarks.attention_sums import attention
+from t2v_rt.benchmarks import results, wan_tensors
+from t2v_rt.benchmarks.attention_sums import attention, exact_attention
 from t2v_rt.benchmarks.cut_graph import Attend, CutGraph
-from t2v_rt.benchmarks.machine import describe_machine
 from t2v_rt.benchmarks.make_checkpoint import Draw, write_safetensors
 from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec, Manifest
 from t2v_rt.engines.bundle.model import ModelSpec
-from t2v_rt.engines.bundle.profiles import PlanProfile, PlanSpec, Range
+from t2v_rt.engines.bundle.profiles import Accumulation, PlanProfile, PlanSpec, Range
 from t2v_rt.engines.contract import Component, Engine, EngineState, Feeds
+from t2v_rt.errors import EngineError
 from t2v_rt.export.graph import GraphOptions, GraphWriter
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.tensors import CheckpointWeights
 from t2v_rt.export.text_encoders.t5 import TextEncoderConfig
 from t2v_rt.export.wan.family import DEFAULTS, WanConfigs
@@ -121,11 +121,8 @@ class InitialDraw(Draw):
 
 
 def exact(query: Array, key: Array, value: Array) -> Array:
-    """Attention in float64."""
-    scores = query.astype(np.float64) @ key.transpose(0, 2, 1) / math.sqrt(query.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    result: Array = (weights / weights.sum(-1, keepdims=True) @ value).astype(np.float32)
-    return result
+    """Attention in float64, as graphs give it."""
+    return exact_attention(query, key, value).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ class OneEngine(Component):
     def new_states(
         self, count: int, *, height: int, width: int, role_prefix: str = "", resident: int | None = None
     ) -> Sequence[EngineState]:
-        raise NotImplementedError
+        raise EngineError(f"{self.name} has no states; expected none to be asked for")
 
     def trim(self) -> None:
         """Nothing is held."""
@@ -332,8 +329,7 @@ def main() -> None:
                 )
                 print(json.dumps(rows[-1]), flush=True)
     if options.output is not None:
-        text = json.dumps({"machine": describe_machine(), "rows": rows}, indent=1)
-        options.output.write_text(text + "\n", encoding="utf-8")
+        results.write(options.output, {"rows": rows})
 
 
 if __name__ == "__main__":

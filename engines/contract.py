@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from math import prod
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -42,6 +43,11 @@ class DeviceArray(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Its sizes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values."""
+        return prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
     def __getitem__(self, window: slice | tuple[slice, ...]) -> Self:

@@ -41,8 +41,8 @@ def _branch(driver: str) -> int:
     return int(first) if first.isdigit() else 0
 
 
-def explain_old_driver(has: str, needs: str, major: int, extra: str) -> str:
-    """That a driver is too old, and what to do.
+def old_driver(has: str, needs: str, major: int, extra: str) -> tuple[str, str]:
+    """Why a driver is too old, and what to do.
 
     Args:
         has: what it supports, such as `CUDA 12.6`.
@@ -53,7 +53,12 @@ def explain_old_driver(has: str, needs: str, major: int, extra: str) -> str:
     newer = f"driver R{FIRST_DRIVERS[major]} or newer" if major in FIRST_DRIVERS else "a newer driver"
     older = next((info.for_cuda_12 for info in BACKENDS.values() if info.extra == extra), "") if major > 12 else ""
     install = f', or pip install {older} "cuda-bindings<13" in an environment without {extra}' if older else ""
-    return f"the NVIDIA driver supports {has}, {needs}; install {newer}{install}"
+    return f"the NVIDIA driver supports {has}, {needs}", f"install {newer}{install}"
+
+
+def explain_old_driver(has: str, needs: str, major: int, extra: str) -> str:
+    """The same in one line; see `old_driver`."""
+    return "; ".join(old_driver(has, needs, major, extra))
 
 
 def why_unusable(backend: str, info: BackendInfo, gpu: tuple[str, float, str], major: int) -> tuple[str, str]:
@@ -74,6 +79,5 @@ def why_unusable(backend: str, info: BackendInfo, gpu: tuple[str, float, str], m
         return f"{name} is {target}, for which {backend} has no kernels", INSTEAD
     if _branch(driver) < FIRST_DRIVERS.get(major, 0):
         needs = f"{backend} is installed for CUDA {major}"
-        why, todo = explain_old_driver(driver_cuda(driver), needs, major, info.extra).split("; ", 1)
-        return why, todo
+        return old_driver(driver_cuda(driver), needs, major, info.extra)
     return "", ""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from t2v_rt.engines.bundle.manifest import Defaults, TileSpec
 from t2v_rt.engines.bundle.model import ModelSpec
-from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.engines.bundle.profiles import Accumulation, Range, VideoProfile
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export.config import INDEX, CheckpointConfigs
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 

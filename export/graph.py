@@ -12,9 +12,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from t2v_rt.engines.bundle.profiles import Accumulation
 from t2v_rt.engines.specs import DTYPES as BOUNDARY_DTYPES
 from t2v_rt.engines.specs import TensorSpec
-from t2v_rt.export.precision import COMPUTE_DTYPES, Accumulation, Precision
+from t2v_rt.export.precision import COMPUTE_DTYPES, Precision
 from t2v_rt.export.quantize import BLOCK, Quantization
 from t2v_rt.export.tensors import CheckpointWeights, Transform
 from t2v_rt.export.weight_file import WeightFile, WeightPlace

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from t2v_rt.engines.bundle.profiles import Accumulation
 from t2v_rt.errors import RequestError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 COMPUTE_DTYPES: Mapping[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-Accumulation = Literal["fp32", "fp16"]
 ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)  # the default first
 
 

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from t2v_rt.errors import RequestError
 
-Sums = Literal["fp16", "fp32"]  # precision that many products are added up in
+Accumulation = Literal["fp32", "fp16"]  # what many products are added up in, the default first
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class AttentionSpec:
 
     count: int
     fused: int | None
-    accumulation: Sums | None
+    accumulation: Accumulation | None
 
     @property
     def told(self) -> bool:

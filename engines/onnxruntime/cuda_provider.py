@@ -10,13 +10,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cache
-from importlib import metadata
 
 from t2v_rt.engines.devices import find_device, load_cuda
 from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.errors import BackendError, EngineError
 from t2v_rt.numbers import is_older
 from t2v_rt.system import forked
+from t2v_rt.system.installed import installed_version
 
 logger = logging.getLogger(__name__)
 PROVIDER, EXTRA = "CUDAExecutionProvider", "cuda"
@@ -48,7 +48,7 @@ def check_provider() -> None:
     Raises:
         BackendError: both packages of ONNX Runtime are installed, or one without the provider, or too old a one.
     """
-    found = {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    found = {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
     if len(found) > 1:
         both = " and ".join(f"{name} {version}" for name, version in found.items())
         raise BackendError(f"{both} are installed into one folder, where one hides the other's provider; {INSTALL}")
@@ -58,13 +58,6 @@ def check_provider() -> None:
         raise BackendError(
             f"onnxruntime-gpu {ort.__version__} is installed, {LEAST_VERSION} or newer is needed; {INSTALL}"
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2v_rt.engines.bundle.profiles import AttentionSpec, Sums
+from t2v_rt.engines.bundle.profiles import Accumulation, AttentionSpec
 from t2v_rt.engines.tensorrt.plan_text import PlanText, coarsest
 from t2v_rt.errors import EngineError
 
@@ -62,7 +62,7 @@ def prepare_attention(trt: Any, network: Any) -> tuple[GraphAttention, ...]:
 
 
 def check_attention(
-    graph: str, wanted: Sums | None, attentions: Sequence[GraphAttention], plan: PlanText
+    graph: str, wanted: Accumulation | None, attentions: Sequence[GraphAttention], plan: PlanText
 ) -> AttentionSpec:
     """Refuses a plan whose attention is not fused though it should be, or adds up in half without having been asked to.
 

@@ -3,7 +3,7 @@
 What is sure without a GPU is checked first: the library's version, where the plans come from, the files themselves, the
 shapes. Then the GPU. Plans are native code, so nothing of a file is used before its hash was compared.
 
-One GPU stream and one arena serve all engines of a pipeline, which run one at a time.
+One GPU stream and one arena serve all engines of a process on a GPU, which run one at a time.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class TensorRTComponent(Component):
         name: of the component.
         spec: from the manifest.
         engines: role -> engine.
-        card: that they are on.
+        gpu: that they are on.
     """
 
     def __init__(self, name: str, spec: ComponentSpec, engines: Mapping[str, TensorRTEngine], gpu: Gpu) -> None:

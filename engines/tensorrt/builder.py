@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from t2v_rt.engines.bundle.manifest import ComponentSpec, GraphSpec, from_plain
-from t2v_rt.engines.bundle.profiles import AttentionSpec, PlanProfile, PlanSpec, Range, Sums
+from t2v_rt.engines.bundle.profiles import Accumulation, AttentionSpec, PlanProfile, PlanSpec, Range
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.errors import BackendError, EngineError
 
@@ -44,7 +44,7 @@ class PlanBuilder:
         spec: ComponentSpec,
         profiles: Mapping[str, Sequence[Ranges]],
         nodes: Mapping[str, Mapping[str, int]],
-        sums: Mapping[str, Sums | None],
+        sums: Mapping[str, Accumulation | None],
         report: Report,
     ) -> ComponentSpec:
         """Builds all plans of a component.
@@ -82,7 +82,13 @@ class PlanBuilder:
         return replace(spec, graphs=built, weights_bytes=sum(graph.weights_bytes for graph in built.values()))
 
     def build(
-        self, spec: GraphSpec, graph: Path, plan: Path, profiles: Sequence[Ranges], sums: Sums | None, report: Report
+        self,
+        spec: GraphSpec,
+        graph: Path,
+        plan: Path,
+        profiles: Sequence[Ranges],
+        sums: Accumulation | None,
+        report: Report,
     ) -> Mapping[str, Any]:
         """Builds one plan and returns what `worker.build` does; raises as `build_component`."""
         shapes = [profile_shapes(spec, ranges) for ranges in profiles]

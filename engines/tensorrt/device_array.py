@@ -64,11 +64,6 @@ class GpuArray(DeviceArray):
         return self._shape
 
     @property
-    def nbytes(self) -> int:
-        """Of its values."""
-        return int(np.prod(self._shape, dtype=np.int64)) * self._dtype.itemsize
-
-    @property
     def address(self) -> int:
         """Of its first value."""
         return self._loan.buffer.address + self._offset

@@ -103,11 +103,10 @@ class TensorRTEngine(Engine):
         Args:
             sizes: symbol -> size of the call, of some symbols; where no profile holds them, there is no call.
         """
-        assert self.spec.plan is not None
         return max(
             (
                 self.profile_bytes(i)
-                for i, profile in enumerate(self.spec.plan.profiles)
+                for i, profile in enumerate(self._plan.profiles)
                 if all(size in profile.sizes.get(symbol, Range.of(size)) for symbol, size in sizes.items())
             ),
             default=0,
@@ -216,14 +215,13 @@ class TensorRTEngine(Engine):
             if array.can_be_fed and not self._records_graphs:  # which hold the address
                 self._bind(name, array.address)
                 return
-        nbytes = prod(array.shape) * array.dtype.itemsize
-        buffer = self._input_buffer(name, nbytes)
+        buffer = self._input_buffer(name, array.nbytes)
         if isinstance(array, GpuArray):
             array.copy_to(buffer)
         elif array.flags.writeable:
             self._gpu.cuda.upload(self._staged(name, array), buffer)
         else:
-            self._gpu.cuda.copy(self._copy_of(name, array), buffer, nbytes)
+            self._gpu.cuda.copy(self._copy_of(name, array), buffer, array.nbytes)
         self._bind(name, buffer.address)
 
     def _copy_of(self, name: str, array: NDArray[Any]) -> DeviceBuffer:
@@ -275,7 +273,7 @@ class TensorRTEngine(Engine):
 
     def _pinned_like(self, name: str, array: Array) -> NDArray[Any]:
         """Pinned memory for an array of such a shape."""
-        nbytes = prod(array.shape) * array.dtype.itemsize
+        nbytes = array.nbytes
         if name not in self._pinned or self._pinned[name].nbytes < nbytes:
             self._pinned.pop(name, None)
             self._pinned[name] = self._gpu.cuda.host_array((nbytes,), np.dtype(np.uint8))

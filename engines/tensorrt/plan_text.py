@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-from t2v_rt.engines.bundle.profiles import Sums
+from t2v_rt.engines.bundle.profiles import Accumulation
 
 HEAD = b"header {\n  version = "  # of each program
 PIECE = 8 << 20  # bytes that are searched at once
@@ -23,7 +23,7 @@ FUSED = "_gemm_mha"  # kernels for a whole attention begin so
 # they order streams, or compute shapes on the host
 NO_KERNELS = frozenset(["signal", "wait", "shape_call", "reshape", "cast"])
 # what a matrix product adds up in, by the last word of its traits; there is no other sum for bfloat16 (PTX ISA, mma)
-SUMS: Mapping[str, Sums] = {"fp16": "fp16", "fp32": "fp32", "bf16": "fp32"}
+SUMS: Mapping[str, Accumulation] = {"fp16": "fp16", "fp32": "fp32", "bf16": "fp32"}
 
 TARGETS = re.compile(rb"\n  accelerators=\{([^}]*)\}")
 REGION = re.compile(rb"\n  region = \{ name=(\S+) size=(\d+) [^\n]*?type=(\w+) place=(\w+)")
@@ -79,11 +79,11 @@ class FusedAttention:
     queries: int | None
     keys: int | None
     alike: bool | None
-    scores: Sums | None = None
-    values: Sums | None = None
+    scores: Accumulation | None = None
+    values: Accumulation | None = None
 
     @property
-    def accumulation(self) -> Sums | None:
+    def accumulation(self) -> Accumulation | None:
         """The coarser of both sums; None where they are not told."""
         return coarsest([self.scores, self.values])
 
@@ -116,7 +116,7 @@ class Program:
         return sum(item.bytes for item in self.regions if item.is_context)
 
     @property
-    def accumulation(self) -> Sums | None:
+    def accumulation(self) -> Accumulation | None:
         """What the coarsest of its fused attentions adds up in; None where it is not told."""
         return None if self.fused is None else coarsest([item.accumulation for item in self.fused])
 
@@ -139,7 +139,7 @@ def read_plan(stream: BinaryIO) -> PlanText:
         stream: the open file, at any position.
     """
     programs: list[Program] = []
-    sources: dict[str, tuple[Sums | None, Sums | None]] = {}
+    sources: dict[str, tuple[Accumulation | None, Accumulation | None]] = {}
     for text in _texts(stream):
         sources |= {kernel.decode(): (_sums(qk), _sums(pv)) for qk, pv, kernel in SOURCE.findall(text)}
         targets = TARGETS.search(text)
@@ -229,7 +229,7 @@ def _fused(
 
 
 def _with_sums(
-    fused: tuple[FusedAttention, ...] | None, sources: Mapping[str, tuple[Sums | None, Sums | None]]
+    fused: tuple[FusedAttention, ...] | None, sources: Mapping[str, tuple[Accumulation | None, Accumulation | None]]
 ) -> tuple[FusedAttention, ...] | None:
     if fused is None:
         return None
@@ -237,11 +237,11 @@ def _with_sums(
     return tuple(replace(item, scores=scores, values=values) for item, scores, values in told)
 
 
-def _sums(traits: bytes) -> Sums | None:
+def _sums(traits: bytes) -> Accumulation | None:
     return SUMS.get(traits.decode().rpartition("_")[2])
 
 
-def coarsest(sums: Sequence[Sums | None]) -> Sums | None:
+def coarsest(sums: Sequence[Accumulation | None]) -> Accumulation | None:
     """The coarsest of several; None where there are none, or where one is not known and the others are finer."""
     if "fp16" in sums:
         return "fp16"

@@ -10,14 +10,14 @@ import numpy as np
 
 from t2v_rt.engines.bundle.manifest import BLOCKS, Defaults, TileSpec
 from t2v_rt.engines.bundle.model import DecodeSchedule, LatentSpec, ModelSpec, TextSpec
-from t2v_rt.engines.bundle.profiles import VideoProfile
+from t2v_rt.engines.bundle.profiles import Accumulation, VideoProfile
 from t2v_rt.engines.specs import StateSpec
 from t2v_rt.errors import CheckpointError
 from t2v_rt.export import tokenizer
 from t2v_rt.export.config import INDEX, CheckpointConfigs
 from t2v_rt.export.family import SHARD_BYTES, TEXT_ENCODER, Ranges
 from t2v_rt.export.graph import GraphOptions, GraphWriter
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 from t2v_rt.export.text_encoders.t5 import EMBEDDING, TextEncoderConfig, embedding_name, write_blocks

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from t2v_rt.engines.bundle.manifest import TileSpec
 from t2v_rt.engines.bundle.model import ModelSpec, thumbnail_size
-from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.engines.bundle.profiles import Accumulation, Range, VideoProfile
 from t2v_rt.export.graph import GraphOptions
-from t2v_rt.export.precision import Accumulation
 
 Ranges = Mapping[str, Range]
 BUILT_GRIDS = ((1, 1), (2, 2), (3, 4))  # of the VAE decoder: the whole frame, and tiles for when it does not fit

@@ -39,6 +39,21 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
     Raises:
         InputError: the checkpoint or an option cannot be used; `build_engines` tells the kinds.
     """
+    job, outline, report = _planned(options)
+    listed = _as_lists(options)
+    if listed != options:
+        report["listed_profiles"] = _planned(listed)[2]["profiles"]
+    return {
+        **report,
+        "estimated": True,
+        **vars(estimate_needs(job, outline)),
+        "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
+        "available_memory_bytes": available_memory_bytes(),
+    }
+
+
+def _planned(options: BuildOptions) -> tuple[BuildJob, tuple[ComponentSpec, ...], dict[str, Any]]:
+    """The job of a build, what it makes of each unit, and the plan of the default request of its bundle."""
     job, manifest = prepare(options, estimate=True)
     units = job.units(manifest)
     outline = job.outline(units)
@@ -48,18 +63,7 @@ def dry_run(options: BuildOptions, output: str | Path | None = None) -> dict[str
         for name in dict.fromkeys(unit.component for unit in units)
     }
     whole = manifest.with_components(components)
-    report = plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
-    needs = estimate_needs(job, outline)
-    listed = _as_lists(options)
-    if listed != options:
-        report["listed_profiles"] = dry_run(listed, output)["profiles"]
-    return {
-        **report,
-        "estimated": True,
-        **vars(needs),
-        "free_disk_bytes": free_disk_bytes(Path(output or ".").absolute()),
-        "available_memory_bytes": available_memory_bytes(),
-    }
+    return job, outline, plan_request(whole, CallOptions(prompt="", seed=0), vram_budget=options.vram_budget)
 
 
 def _as_lists(options: BuildOptions) -> BuildOptions:

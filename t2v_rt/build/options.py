@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from t2v_rt.engines.backend_info import check_backend, check_options
-from t2v_rt.engines.bundle.profiles import Sizes, parse_profiles
+from t2v_rt.engines.bundle.profiles import Accumulation, Sizes, parse_profiles
 from t2v_rt.engines.tensorrt.libraries import check_targets
 from t2v_rt.errors import RequestError
-from t2v_rt.export.precision import ACCUMULATIONS, Accumulation, check_accumulation
+from t2v_rt.export.precision import ACCUMULATIONS, check_accumulation
 from t2v_rt.export.quantize import Quantization
 from t2v_rt.numbers import as_flag
 from t2v_rt.options import option

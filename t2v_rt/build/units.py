@@ -8,10 +8,10 @@ from math import prod
 
 from t2v_rt.engines.bundle.manifest import Defaults, TileSpec
 from t2v_rt.engines.bundle.model import ModelSpec
-from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.engines.bundle.profiles import Accumulation, Range, VideoProfile
 from t2v_rt.export.family import TEXT_ENCODER, Configs
 from t2v_rt.export.graph import GraphOptions
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.quantize import Quantization
 
 MANY_TOKENS = 512  # of a denoiser: whole scores and widened values are as fast with fewer, and take little memory

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import platform as python_platform
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 from t2v_rt.engines.backend_info import BACKENDS, BackendInfo
 from t2v_rt.engines.gpu_support import FIRST_DRIVERS, why_unusable
 from t2v_rt.errors import BackendError
 from t2v_rt.numbers import is_older
+from t2v_rt.system.installed import installed_version, query_driver, read_rows
 from t2v_rt.system.resources import available_memory_bytes
 
 LIBRARIES = (
@@ -24,7 +21,6 @@ LIBRARIES = (
     "cuda-bindings", "huggingface-hub", "torch", "diffusers",
 )  # fmt: skip
 GPU_FIELDS = ("name", "driver_version", "compute_cap", "memory.total", "memory.free")
-SMI_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
 EXPERIMENTAL = "experimental: it has not run on a GPU yet"
 
 EXAMPLE = "example: t2v-rt doctor"
@@ -53,7 +49,7 @@ def examine() -> dict[str, Any]:
         "system": f"{python_platform.system()} {python_platform.release()} {python_platform.machine()}",
         "cores": os.cpu_count(),
         "memory_bytes": available_memory_bytes(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
         "gpus": gpus,
         "gpu_problem": gpu_problem,
         "backends": {
@@ -70,28 +66,15 @@ def find_gpus() -> tuple[list[dict[str, Any]], str]:
     Returns:
         (GPUs with `name`, `driver`, `compute_capability`, `memory_bytes`, `free_bytes`; a reason or "").
     """
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return [], "no NVIDIA driver is installed: nvidia-smi is not found"
-    query = [command, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        return [], f"nvidia-smi does not answer ({type(exc).__name__})"
-    if result.returncode != 0:
-        said = " ".join((result.stdout or result.stderr).split())[:200]
-        return [], f"nvidia-smi failed: {said}"
-    gpus = read_gpus(result.stdout)
-    return gpus, "" if gpus else "the driver knows of no GPU"
+    text, problem = query_driver(GPU_FIELDS)
+    gpus = read_gpus(text)
+    return gpus, problem or ("" if gpus else "the driver knows of no GPU")
 
 
 def read_gpus(text: str) -> list[dict[str, Any]]:
     """Reads what nvidia-smi prints for `GPU_FIELDS`, one GPU a line, memory in MiB; unreadable lines are left out."""
     gpus = []
-    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(row) != len(GPU_FIELDS):
-            continue
-        name, driver, compute, total, free = row
+    for name, driver, compute, total, free in read_rows(text, len(GPU_FIELDS)):
         try:
             gpus.append(
                 {
@@ -127,13 +110,6 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         state += f" ({backend['note']})" if backend["note"] else ""
         lines.append(f"{name:18} {state}")
     return lines
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _verdict(why: str = "", todo: str = "", note: str = "") -> dict[str, Any]:
@@ -172,13 +148,13 @@ def _plans(name: str, info: BackendInfo, gpus: list[dict[str, Any]], gpu_problem
         return _verdict(f"the package {info.module} is not installed", f"install t2v-rt[{info.extra}]")
     if util.find_spec("cuda") is None or util.find_spec("cuda.bindings") is None:
         return _verdict("the package cuda-bindings is not installed", f"install t2v-rt[{info.extra}]")
-    if (version := _version(info.extra)) is not None and is_older(version, info.least_version):
+    if (version := installed_version(info.extra)) is not None and is_older(version, info.least_version):
         return _verdict(f"{name} {version} is older than {info.least_version}", f"install t2v-rt[{info.extra}] anew")
     if not gpus:
         builds = "engines can be built here all the same" if "gpus" in info.options else "it builds on a GPU only"
         return _verdict(gpu_problem, builds)
-    bindings = int((_version("cuda-bindings") or "0").split(".")[0])
-    own = [major for major in FIRST_DRIVERS if _version(f"{info.extra}-cu{major}") is not None]
+    bindings = int((installed_version("cuda-bindings") or "0").split(".")[0])
+    own = [major for major in FIRST_DRIVERS if installed_version(f"{info.extra}-cu{major}") is not None]
     return _verdict(*best_verdict(name, info, gpus, max([bindings, *own])))
 
 

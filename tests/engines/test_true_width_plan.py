@@ -18,11 +18,11 @@ from t2v_rt.build.job import BuildJob
 from t2v_rt.build.options import BuildOptions
 from t2v_rt.build.units import Unit
 from t2v_rt.engines.bundle.manifest import GraphSpec
-from t2v_rt.engines.bundle.profiles import AttentionSpec, PlanSpec, Sums
+from t2v_rt.engines.bundle.profiles import Accumulation, AttentionSpec, PlanSpec
 from t2v_rt.engines.specs import TensorSpec
 from t2v_rt.engines.tensorrt.builder import PlanBuilder
 from t2v_rt.engines.tensorrt.plan_text import PlanText, read_plan
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 
 pytestmark = pytest.mark.slow  # builds plans
 
@@ -58,7 +58,7 @@ def build(
     *,
     gpus: str = "sm89",
     height: str = "256",
-    sums: Sums | None = "fp32",
+    sums: Accumulation | None = "fp32",
     written: tuple[Precision, Accumulation | None] = ("fp16", "fp32"),
 ) -> Built:
     """Builds the layer's plan.
@@ -81,7 +81,7 @@ def build(
     return _build(job, unit, folder, sums)
 
 
-def _build(job: BuildJob, unit: Unit, folder: Path, sums: Sums | None) -> Built:
+def _build(job: BuildJob, unit: Unit, folder: Path, sums: Accumulation | None) -> Built:
     folder.mkdir(exist_ok=True)
     spec = job._export(unit, folder)
     builder = PlanBuilder(RTX, job.targets)

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from t2v_rt.engines.bundle.profiles import parse_profiles
+from t2v_rt.engines.bundle.profiles import Accumulation, parse_profiles
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.graph import GraphOptions
-from t2v_rt.export.precision import ACCUMULATIONS, Accumulation, Precision
+from t2v_rt.export.precision import ACCUMULATIONS, Precision
 from t2v_rt.export.wan.family import FAMILY
 from t2v_rt.runtime.families.wan import relative_buckets
 from tests.conftest import Tiny

@@ -20,7 +20,7 @@ from t2v_rt.build.options import BuildOptions
 from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import Defaults, TileSpec
 from t2v_rt.engines.bundle.model import DecodeSchedule, LatentSpec, ModelSpec, TextSpec
-from t2v_rt.engines.bundle.profiles import Range, VideoProfile
+from t2v_rt.engines.bundle.profiles import Accumulation, Range, VideoProfile
 from t2v_rt.engines.specs import StateSpec, TensorSpec
 from t2v_rt.export.checkpoint import open_checkpoint
 from t2v_rt.export.components import check_tokenizer, export_component, export_embedding
@@ -28,7 +28,7 @@ from t2v_rt.export.config import CheckpointConfigs, require
 from t2v_rt.export.family import FAMILIES, SHARD_BYTES, Ranges, family_of
 from t2v_rt.export.graph import GraphOptions, GraphWriter
 from t2v_rt.export.hub import needed_tokenizer, needed_weights
-from t2v_rt.export.precision import Accumulation, Precision
+from t2v_rt.export.precision import Precision
 from t2v_rt.export.single_files import SingleFiles
 from t2v_rt.export.tensors import CheckpointWeights
 from tests.conftest import Tiny
