@@ -67,12 +67,13 @@ def _planned(options: BuildOptions) -> tuple[BuildJob, tuple[ComponentSpec, ...]
 
 
 def _as_lists(options: BuildOptions) -> BuildOptions:
-    """The options with lists in the place of ranges; the same where there is none, or where some sizes are lists."""
+    """The options with lists of their ends in the place of ranges; the same without any, or where some are lists."""
     sizes = {name: str(getattr(options, name)) for name in SIZES if getattr(options, name) is not None}
     if any("," in text for text in sizes.values()):
         return options
-    ranges = {name: text.replace(":", ",") for name, text in sizes.items() if ":" in text}
-    return replace(options, **ranges) if ranges else options  # type: ignore[arg-type]
+    parts = {name: text.split(":") for name, text in sizes.items() if ":" in text}
+    ends = {name: f"{part[0]},{part[-1]}" for name, part in parts.items()}  # a size between is the most usual one
+    return replace(options, **ends) if ends else options  # type: ignore[arg-type]
 
 
 def _with_plans(job: BuildJob, unit: Unit, spec: ComponentSpec) -> ComponentSpec:
