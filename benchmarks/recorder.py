@@ -108,16 +108,14 @@ class RecordedEngine(Engine):
 
 
 @dataclass(frozen=True)
-class RecordedBackend:
-    """A backend whose components are recorded: how long they take to load, and each call of their engines.
+class ForwardedBackend:
+    """A backend that is another one; base of those that do something more.
 
     Args:
         backend: that does the work.
-        recorder: that is told.
     """
 
     backend: Backend
-    recorder: Recorder
 
     @property
     def device(self) -> str:
@@ -146,8 +144,24 @@ class RecordedBackend:
         return self.backend.buffer_bytes()
 
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
+        """Loads the engines of one component."""
+        return self.backend.load(folder, name, spec)
+
+
+@dataclass(frozen=True)
+class RecordedBackend(ForwardedBackend):
+    """A backend whose components are recorded: how long they take to load, and each call of their engines.
+
+    Args:
+        backend: that does the work.
+        recorder: that is told.
+    """
+
+    recorder: Recorder
+
+    def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         with self.recorder.timed(LOAD, name):
-            component = self.backend.load(folder, name, spec)
+            component = super().load(folder, name, spec)
         engines: Mapping[str, Engine] = component.engines
         component.engines = {
             role: RecordedEngine(engine, name, role, self.recorder) for role, engine in engines.items()

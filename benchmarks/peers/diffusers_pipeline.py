@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module, util
@@ -98,7 +99,7 @@ class Settings:
         return import_module("torch").compile(network) if self.compiled else network
 
 
-class DiffusersRunner:
+class DiffusersRunner(ABC):
     """What all its runners share.
 
     Args:
@@ -111,15 +112,15 @@ class DiffusersRunner:
         self.torch = import_module("torch")
         self.load()
 
+    @abstractmethod
     def load(self) -> None:
         """Loads what the runs need."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self) -> Any:
         """What a run does; a tensor or an array."""
-        raise NotImplementedError
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  # for most
         """Nothing has to be done."""
 
     def run(self) -> NDArray[np.float32]:
@@ -136,7 +137,7 @@ class DiffusersRunner:
     def facts(self) -> Mapping[str, Any]:
         return {"device": self.settings.device, "threads": self.torch.get_num_threads()}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # for all
         """The process ends next."""
 
 
@@ -191,40 +192,47 @@ class EncoderRunner(DiffusersRunner):
         return self.settings.family.encode(self.encoder, self.settings.job.prompt, self.settings.model.text.length)
 
 
-class ChunkRunner(DiffusersRunner):
-    """The second chunk of a video, after the first has been decoded."""
+class DecoderRunner(DiffusersRunner):
+    """What runners of the VAE decoder share."""
 
     def load(self) -> None:
         settings = self.settings
         self.vae = settings.family.vae(settings.checkpoint, settings.dtype).to(settings.device).eval()
         if settings.compiled:
             self.vae.decoder = self.torch.compile(self.vae.decoder)
-        first = settings.model.decode.chunks(self.latents.shape[2])[0]
-        whole = denormalize(settings.model.latents, self.latents)
-        self.parts = [settings.tensor(part) for part in (whole[:, :, :first], whole[:, :, first:])]
+        self.whole = denormalize(settings.model.latents, self.latents)
+
+
+def unit_frames(frames: Any) -> Any:
+    """A tensor (1, 3, f, H, W), nominally in [-1, 1] -> (f, H, W, 3) in [0, 1]."""
+    return (frames.float() * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+
+
+class ChunkRunner(DecoderRunner):
+    """The second chunk of a video, after the first has been decoded."""
+
+    def load(self) -> None:
+        super().load()
+        first = self.settings.model.decode.chunks(self.latents.shape[2])[0]
+        self.parts = [self.settings.tensor(part) for part in (self.whole[:, :, :first], self.whole[:, :, first:])]
 
     def prepare(self) -> None:
         with self.torch.inference_mode():
             self.settings.family.decode_first(self.vae, self.parts[0])
 
     def work(self) -> Any:
-        frames = self.settings.family.decode_next(self.vae, self.parts[1])  # (1, 3, f, H, W) in [-1, 1]
-        return (frames.float() * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+        return unit_frames(self.settings.family.decode_next(self.vae, self.parts[1]))
 
 
-class DecodeRunner(DiffusersRunner):
+class DecodeRunner(DecoderRunner):
     """The latents of a video to its frames."""
 
     def load(self) -> None:
-        settings = self.settings
-        self.vae = settings.family.vae(settings.checkpoint, settings.dtype).to(settings.device).eval()
-        if settings.compiled:
-            self.vae.decoder = self.torch.compile(self.vae.decoder)
-        self.whole = settings.tensor(denormalize(settings.model.latents, self.latents))
+        super().load()
+        self.tensor = self.settings.tensor(self.whole)
 
     def work(self) -> Any:
-        frames = self.vae.decode(self.whole, return_dict=False)[0]
-        return (frames.float() * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+        return unit_frames(self.vae.decode(self.tensor, return_dict=False)[0])
 
 
 RUNNERS: Mapping[str, type[DiffusersRunner]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class PipelinePeer:
         return RUNNERS[job.kind](pipe, job, recorder, opened)
 
 
-class PipelineRunner:
+class PipelineRunner(ABC):
     """What all runners over a pipeline share.
 
     Args:
@@ -115,9 +116,9 @@ class PipelineRunner:
             self.calls.setdefault(key, []).append(times)
         return result
 
+    @abstractmethod
     def work(self) -> NDArray[np.float32]:
         """What a run does."""
-        raise NotImplementedError
 
     def stages(self) -> Times:
         return stage_times(self.events, self.start, self.end)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from t2v_rt import BundleError, TextToVideoPipeline, build_engines
-from t2v_rt.engines.backends import Backend, get_backend
+from t2v_rt.benchmarks.recorder import ForwardedBackend
+from t2v_rt.engines.backends import get_backend
 from t2v_rt.engines.bundle.manifest import ComponentSpec
 from t2v_rt.engines.bundle.store import check_manifest, open_bundle
 from t2v_rt.engines.contract import Component
@@ -171,42 +172,15 @@ def test_a_bundle_that_was_built_again_with_the_same_bytes_goes_on(bundle: Path,
 
 
 @dataclass(frozen=True)
-class Interrupted:
+class Interrupted(ForwardedBackend):
     """A backend during whose load something happens to the bundle."""
 
-    backend: Backend
     before: Callable[[], None]
     after: Callable[[], None]
 
-    @property
-    def device(self) -> str:
-        return self.backend.device
-
-    @property
-    def identity(self) -> str:
-        return self.backend.identity
-
-    @property
-    def own_memory(self) -> bool:
-        return self.backend.own_memory
-
-    @property
-    def memory_bytes(self) -> int | None:
-        return self.backend.memory_bytes
-
-    @property
-    def device_key(self) -> str | None:
-        return self.backend.device_key
-
-    def free_bytes(self) -> int | None:
-        return self.backend.free_bytes()
-
-    def buffer_bytes(self) -> int | None:
-        return self.backend.buffer_bytes()
-
     def load(self, folder: Path, name: str, spec: ComponentSpec) -> Component:
         self.before()
-        component = self.backend.load(folder, name, spec)
+        component = super().load(folder, name, spec)
         self.after()
         return component
 
