@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,18 @@ from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.errors import BackendError
 from tests.conftest import Tiny
-from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
-from tests.support.host_cuda import HostCuda
+from tests.support.card_slot import Slot, readable_plans
 
 ROOM = 3 * 10**9
 ON_A_CARD = ("doctor", "tests")  # ask the driver, or start processes that do
 
 
 @pytest.fixture
-def a_card(plans: Bundle, narrow: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    (tmp_path / "graphs").mkdir()
-    graphs = export_graphs(narrow.checkpoint, (None, None, None), tmp_path / "graphs")
-    cuda = HostCuda(ROOM)
-    library = HostLibrary(cuda, plans.manifest.builder["tensorrt-rtx"], plans_by_hash(plans, graphs))
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+def a_card(
+    plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Bundle:
+    default = dict.fromkeys(("height", "width", "num_frames"))
+    Slot(monkeypatch).insert(plans, readable_plans(plans, narrow.checkpoint, tmp_path_factory, default), ROOM)
     return plans
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from t2v_rt import TextToVideoPipeline, build_engines
+from t2v_rt import TextToVideoPipeline
 from t2v_rt.cli import main
 from t2v_rt.commands.plan import plan as plan_command
 from t2v_rt.commands.verify import verify
 from t2v_rt.engines.bundle.model import thumbnail_size
-from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.errors import PreviewError
 from t2v_rt.runtime.memory.plan import make_plan, to_json
 from t2v_rt.runtime.options import CallOptions
 from t2v_rt.runtime.request import make_request
 from tests.conftest import Tiny
-from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
-from tests.support.host_cuda import HostCuda
+from tests.support.card_slot import Readable, build_plans, card_slot, readable_plans
+from tests.support.host_card import HostLibrary
 
 pytestmark = pytest.mark.slow  # builds plans
 
-RTX = "tensorrt-rtx"
 SIZE: dict[str, Any] = {"height": 192, "width": 256, "num_frames": 9}
 STEPS = 3
 REQUEST: dict[str, Any] = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
@@ -43,37 +40,20 @@ Images = list[NDArray[np.uint8]]
 
 @pytest.fixture(scope="module")
 def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    folder = tmp_path_factory.mktemp("plans") / "bundle"
-    return build_engines(narrow.checkpoint, folder, backend=RTX, gpus="sm86", **SIZE)
+    return build_plans(narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture(scope="module")
-def readable(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PlanSpec]]:
+def readable(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Readable:
     """The plans that the library can read."""
-    graphs = export_graphs(narrow.checkpoint, tuple(SIZE.values()), tmp_path_factory.mktemp("graphs"))
-    return plans_by_hash(plans, graphs)
+    return readable_plans(plans, narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture
-def insert(
-    plans: Bundle, readable: dict[str, tuple[Path, PlanSpec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Insert]:
+def insert(plans: Bundle, readable: Readable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Insert]:
     """Puts a card of so many bytes into the machine, with nothing tested on it yet; all of them are given back."""
-    cards = []
-
-    def card(capacity: int = ROOM) -> HostLibrary:
-        cuda = HostCuda(capacity)
-        library = HostLibrary(cuda, plans.manifest.builder[RTX], readable)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cards.append(cuda)
-        return library
-
-    yield card
-    gc.collect()
-    assert all(cuda.used("d") == cuda.used("h") == 0 for cuda in cards)
+    with card_slot(monkeypatch, tmp_path) as slot:
+        yield lambda capacity=ROOM: slot.insert(plans, readable, capacity)
 
 
 def run(plans: Bundle, **settings: Any) -> TextToVideoPipeline:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from t2v_rt import TextToVideoPipeline, build_engines
-from t2v_rt.engines.bundle.profiles import PlanSpec
+from t2v_rt import TextToVideoPipeline
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.tensorrt.engine import TensorRTEngine
 from t2v_rt.runtime.decode.tiles import make_tiles
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostContext, HostLibrary, export_graphs, plans_by_hash
-from tests.support.host_cuda import HostCuda
+from tests.support.card_slot import Readable, build_plans, card_slot, readable_plans
+from tests.support.host_card import HostContext, HostLibrary
 
 pytestmark = pytest.mark.slow  # builds plans
 
@@ -33,55 +30,34 @@ Insert = Callable[[Bundle], HostLibrary]
 
 @pytest.fixture(scope="module")
 def fixed(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(narrow, tmp_path_factory, SIZE)
+    return build_plans(narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture(scope="module")
 def ranged(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(narrow, tmp_path_factory, RANGE)
-
-
-def build(narrow: Tiny, folders: pytest.TempPathFactory, sizes: Mapping[str, Any]) -> Bundle:
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    return build_engines(
-        narrow.checkpoint, folders.mktemp("plans") / "bundle", backend="tensorrt-rtx", gpus="sm86", **sizes
-    )
+    return build_plans(narrow.checkpoint, tmp_path_factory, RANGE)
 
 
 @pytest.fixture(scope="module")
-def graphs(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], dict[str, Any]]:
-    """The graphs that a bundle's plans were built from."""
-    known: dict[Path, dict[str, tuple[Path, PlanSpec]]] = {}
+def readable(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], Readable]:
+    """What is known of a bundle's plans, made where it is needed first."""
+    known: dict[Path, Readable] = {}
 
-    def read(bundle: Bundle) -> dict[str, tuple[Path, PlanSpec]]:
+    def read(bundle: Bundle) -> Readable:
         if bundle.folder not in known:
             (profile,) = bundle.manifest.profiles
-            sizes = [f"{size.min}:{size.max}" for size in (profile.height, profile.width, profile.num_frames)]
-            exported = export_graphs(narrow.checkpoint, sizes, tmp_path_factory.mktemp("graphs"))
-            known[bundle.folder] = plans_by_hash(bundle, exported)
+            sizes = {name: f"{size.min}:{size.max}" for name, size in vars(profile).items()}
+            known[bundle.folder] = readable_plans(bundle, narrow.checkpoint, tmp_path_factory, sizes)
         return known[bundle.folder]
 
     return read
 
 
 @pytest.fixture
-def insert(
-    graphs: Callable[[Bundle], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Insert]:
+def insert(readable: Callable[[Bundle], Readable], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Insert]:
     """Puts a card into the machine that can run a bundle's plans; it gets all of its memory back in the end."""
-    cards = []
-
-    def card(bundle: Bundle) -> HostLibrary:
-        library = HostLibrary(HostCuda(10**9), bundle.manifest.builder["tensorrt-rtx"], graphs(bundle))
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", library.cuda)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cards.append(library.cuda)
-        return library
-
-    yield card
-    gc.collect()
-    assert all(cuda.used("d") == cuda.used("h") == 0 for cuda in cards)
+    with card_slot(monkeypatch, tmp_path) as slot:
+        yield lambda bundle: slot.insert(bundle, readable(bundle), 10**9)
 
 
 def open_pipe(bundle: Bundle, **settings: Any) -> TextToVideoPipeline:

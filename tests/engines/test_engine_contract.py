@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from t2v_rt.engines.contract import Component, DeviceArray, Engine
 from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 from t2v_rt.runtime import self_test
 from tests.conftest import Tiny
+from tests.support.card_slot import card_slot
 from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
 from tests.support.host_cuda import HostCuda
 
@@ -52,12 +51,9 @@ def backend(
         yield get_backend("onnxruntime")
         return
     library: HostLibrary = request.getfixturevalue("library")
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", library.cuda)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    yield TensorRTBackend(bundle, trust=True)
-    gc.collect()
-    assert library.cuda.used("d") == library.cuda.used("h") == 0
+    with card_slot(monkeypatch, tmp_path) as slot:
+        slot.put(library)
+        yield TensorRTBackend(bundle, trust=True)
 
 
 def load(backend: Backend, bundle: Bundle, name: str) -> Component:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from t2v_rt import BackendError, EngineError, TextToVideoPipeline, build_engines
-from t2v_rt.engines.bundle.profiles import PlanSpec
+from t2v_rt import BackendError, EngineError, TextToVideoPipeline
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.devices import ALREADY_IN_USE
 from t2v_rt.engines.tensorrt.backend import TensorRTBackend
 from t2v_rt.errors import OutOfMemoryError
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostContext, HostLibrary, Reason, export_graphs, plans_by_hash
+from tests.support.card_slot import Readable, build_plans, card_slot, readable_plans
+from tests.support.host_card import HostContext, HostLibrary, Reason
 from tests.support.host_cuda import HostCuda
 
 pytestmark = pytest.mark.slow  # builds plans
 
-RTX = "tensorrt-rtx"
 SIZE: dict[str, Any] = {"height": 128, "width": 192, "num_frames": 5}
 REQUEST: dict[str, Any] = {"seed": 1, "num_inference_steps": 1, **SIZE}
 SHAPE = (1, 4, 2, 16, 24)  # of the latents
@@ -44,36 +41,20 @@ Insert = Callable[..., HostLibrary]
 
 @pytest.fixture(scope="module")
 def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    folder = tmp_path_factory.mktemp("plans") / "bundle"
-    return build_engines(narrow.checkpoint, folder, backend=RTX, gpus="sm86", **SIZE)
+    return build_plans(narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture(scope="module")
-def readable(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PlanSpec]]:
+def readable(plans: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Readable:
     """The plans that the library can read."""
-    graphs = export_graphs(narrow.checkpoint, tuple(SIZE.values()), tmp_path_factory.mktemp("graphs"))
-    return plans_by_hash(plans, graphs)
+    return readable_plans(plans, narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture
-def insert(
-    plans: Bundle, readable: dict[str, tuple[Path, PlanSpec]], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Insert]:
+def insert(plans: Bundle, readable: Readable, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insert]:
     """Puts cards of so many bytes into the machine; all of them are given back in the end, but of one that faulted."""
-    cards = []
-
-    def card(capacity: int = ROOM, devices: int = 1) -> HostLibrary:
-        cuda = HostCuda(capacity, devices)
-        library = HostLibrary(cuda, plans.manifest.builder[RTX], readable)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-        cards.append(cuda)
-        return library
-
-    yield card
-    gc.collect()
-    assert all(cuda.fault or cuda.used("d") == cuda.used("h") == 0 for cuda in cards)
+    with card_slot(monkeypatch, but_faulted=True) as slot:
+        yield lambda capacity=ROOM, devices=1: slot.insert(plans, readable, capacity, devices)
 
 
 def open_pipe(plans: Bundle, **settings: Any) -> TextToVideoPipeline:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t2v_rt import EngineError, RequestError, TextToVideoPipeline, build_engines
+from t2v_rt import EngineError, RequestError, TextToVideoPipeline
 from t2v_rt.cli import main
-from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.errors import OutOfMemoryError
 from t2v_rt.runtime.memory.device_memory import UNPLANNED
@@ -22,13 +20,13 @@ from t2v_rt.runtime.memory.estimates import decode_stage
 from t2v_rt.runtime.memory.plan import make_plan, together_bytes
 from t2v_rt.runtime.noise import Generator
 from tests.conftest import Tiny
-from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
-from tests.support.host_cuda import HostCuda
+from tests.support.card_slot import Readable, build_plans, card_slot, readable_plans
+from tests.support.host_card import HostLibrary
 
 pytestmark = pytest.mark.slow  # builds plans
 
 HEIGHT, WIDTH, FRAMES = 192, 256, 9
-SIZE = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
 SEVERAL: dict[str, Any] = {"height": "64,128", "width": 64, "num_frames": "9,5:9"}
 STEPS = 4
 REQUEST: dict[str, Any] = {"seed": 1, "num_inference_steps": STEPS, **SIZE}
@@ -40,50 +38,28 @@ Insert = Callable[[int], HostLibrary]
 
 @pytest.fixture(scope="module")
 def plans(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    folder = tmp_path_factory.mktemp("plans") / "bundle"
-    return build_engines(narrow.checkpoint, folder, backend="tensorrt-rtx", gpus="sm86", **SIZE)  # type: ignore[arg-type]
+    return build_plans(narrow.checkpoint, tmp_path_factory, SIZE)
 
 
 @pytest.fixture(scope="module")
 def several(narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Two sizes, of which one is a range."""
-    pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
-    folder = tmp_path_factory.mktemp("several") / "bundle"
-    return build_engines(narrow.checkpoint, folder, backend="tensorrt-rtx", gpus="sm86", **SEVERAL)
+    return build_plans(narrow.checkpoint, tmp_path_factory, SEVERAL)
 
 
 @pytest.fixture(scope="module")
-def readable(
-    plans: Bundle, several: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, PlanSpec]]:
+def readable(plans: Bundle, several: Bundle, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Readable:
     """The plans that the library can read."""
-    result: dict[str, tuple[Path, PlanSpec]] = {}
-    for bundle, sizes in ((plans, SIZE), (several, SEVERAL)):
-        graphs = export_graphs(narrow.checkpoint, tuple(sizes.values()), tmp_path_factory.mktemp("graphs"))
-        result |= plans_by_hash(bundle, graphs)
-    return result
+    bundles = ((plans, SIZE), (several, SEVERAL))
+    known = [readable_plans(bundle, narrow.checkpoint, tmp_path_factory, sizes) for bundle, sizes in bundles]
+    return known[0] | known[1]
 
 
 @pytest.fixture
-def insert(
-    plans: Bundle, readable: dict[str, tuple[Path, PlanSpec]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Insert]:
+def insert(plans: Bundle, readable: Readable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Insert]:
     """Puts a card of so many bytes into the machine; all of them are given back in the end."""
-    cards = []
-
-    def card(capacity: int) -> HostLibrary:
-        cuda = HostCuda(capacity)
-        library = HostLibrary(cuda, plans.manifest.builder["tensorrt-rtx"], readable)
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cards.append(cuda)
-        return library
-
-    yield card
-    gc.collect()
-    assert all(cuda.used("d") == cuda.used("h") == 0 for cuda in cards)
+    with card_slot(monkeypatch, tmp_path) as slot:
+        yield lambda capacity: slot.insert(plans, readable, capacity)
 
 
 def run(plans: Bundle, **settings: object) -> TextToVideoPipeline:

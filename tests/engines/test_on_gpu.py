@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +10,14 @@ import pytest
 
 from t2v_rt import BackendError, TextToVideoPipeline, build_engines
 from t2v_rt.cli import main
-from t2v_rt.engines.bundle.profiles import PlanSpec
 from t2v_rt.engines.bundle.store import Bundle
 from t2v_rt.engines.tensorrt.cuda import Cuda
 from t2v_rt.runtime.memory.estimates import tile_ways
 from tests.conftest import Tiny
-from tests.support.host_card import HostLibrary, export_graphs, plans_by_hash
-from tests.support.host_cuda import HostCuda
+from tests.support.card_slot import RTX, Readable, build_plans, card_slot, readable_plans
 
 pytestmark = pytest.mark.slow  # builds plans
 
-RTX = "tensorrt-rtx"
 SIZE: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9}
 REQUEST: dict[str, Any] = {"seed": 1, **SIZE}
 ROOM = 10**9
@@ -34,35 +28,29 @@ CARDS = ["host", pytest.param("gpu", marks=pytest.mark.gpu)]
 @pytest.fixture(scope="module", params=CARDS)
 def built(
     request: pytest.FixtureRequest, narrow: Tiny, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Bundle, dict[str, tuple[Path, PlanSpec]]]:
+) -> tuple[Bundle, Readable]:
     """Plans for a card, and what the one in host memory has to know of them."""
     pytest.importorskip("tensorrt_rtx", reason="needs t2v-rt[tensorrt-rtx]")
     pytest.importorskip("cuda.bindings", reason="needs t2v-rt[tensorrt-rtx]")
-    target, graphs = "sm86", None
-    if request.param == "gpu":
-        try:
-            target = Cuda(RTX).info.target
-        except BackendError as exc:
-            pytest.skip(str(exc))
-    else:
-        graphs = export_graphs(narrow.checkpoint, tuple(SIZE.values()), tmp_path_factory.mktemp("graphs"))
+    if request.param == "host":
+        bundle = build_plans(narrow.checkpoint, tmp_path_factory, SIZE)
+        return bundle, readable_plans(bundle, narrow.checkpoint, tmp_path_factory, SIZE)
+    try:
+        target = Cuda(RTX).info.target
+    except BackendError as exc:
+        pytest.skip(str(exc))
     folder = tmp_path_factory.mktemp("plans") / "bundle"
-    bundle = build_engines(narrow.checkpoint, folder, backend=RTX, gpus=target, **SIZE)
-    return bundle, {} if graphs is None else plans_by_hash(bundle, graphs)
+    return build_engines(narrow.checkpoint, folder, backend=RTX, gpus=target, **SIZE), {}
 
 
 @pytest.fixture
-def plans(built: tuple[Bundle, dict[str, tuple[Path, PlanSpec]]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bundle]:
+def plans(built: tuple[Bundle, Readable], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bundle]:
     """A bundle of plans, and the card that they were built for in the machine."""
     bundle, readable = built
-    cuda = HostCuda(ROOM)
-    if readable:
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-        library = HostLibrary(cuda, bundle.manifest.builder[RTX], readable)
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
-    yield bundle
-    gc.collect()
-    assert cuda.used("d") == cuda.used("h") == 0
+    with card_slot(monkeypatch) as slot:
+        if readable:
+            slot.insert(bundle, readable, ROOM)
+        yield bundle
 
 
 @pytest.mark.parametrize("tiles", ["1x1", "2x2", "3x4"])
