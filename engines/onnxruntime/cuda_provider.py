@@ -16,7 +16,6 @@ from t2v_rt.engines.onnxruntime.imported import ort
 from t2v_rt.errors import BackendError, EngineError
 from t2v_rt.numbers import is_older
 from t2v_rt.system import forked
-from t2v_rt.system.installed import installed_version
 
 logger = logging.getLogger(__name__)
 PROVIDER, EXTRA = "CUDAExecutionProvider", "cuda"
@@ -48,6 +47,8 @@ def check_provider() -> None:
     Raises:
         BackendError: both packages of ONNX Runtime are installed, or one without the provider, or too old a one.
     """
+    from t2v_rt.system.installed import installed_version  # takes long to import, and the CPU needs it not
+
     found = {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
     if len(found) > 1:
         both = " and ".join(f"{name} {version}" for name, version in found.items())

@@ -7,14 +7,13 @@ import io
 import shutil
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 
 ANSWER_SECONDS = 20  # a card that is going wrong can make nvidia-smi hang
 
 
 def installed_version(package: str) -> str | None:
     """The version of a package; None where it is not installed."""
-    from importlib import metadata  # takes long to import, and opening a bundle needs it not
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
